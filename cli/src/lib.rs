@@ -1,0 +1,1 @@
+//! ff, the one binary a person types.

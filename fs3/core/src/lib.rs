@@ -1,0 +1,1 @@
+//! The pure decisions of fs3: chain states, the replication target, placement.

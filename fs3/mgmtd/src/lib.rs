@@ -1,0 +1,1 @@
+//! The fs3 cluster manager: membership, leases and chain tables.

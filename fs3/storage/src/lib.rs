@@ -1,0 +1,1 @@
+//! The fs3 storage server: chunk engine and chain replication.

@@ -1,0 +1,1 @@
+//! Asynchronous collectives on the CPU and the wire.

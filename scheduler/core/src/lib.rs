@@ -1,0 +1,1 @@
+//! The pure scheduler: one event in, decisions out.

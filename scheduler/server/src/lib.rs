@@ -1,0 +1,1 @@
+//! The scheduler daemon: gRPC and persistence around scheduler-core.

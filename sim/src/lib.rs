@@ -1,0 +1,1 @@
+//! The simulated world that drives the step machines, and its checkers.

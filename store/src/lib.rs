@@ -1,0 +1,1 @@
+//! What the cluster agrees on: a transactional key-value store replicated with raft.
