@@ -29,4 +29,6 @@ pub mod storage {
     pub const REMOVE_RANGE: u16 = 0x0205;
     pub const QUERY_LAST_CHUNK: u16 = 0x0206;
     pub const SYNC_DONE: u16 = 0x0207;
+    pub const RESOLVE: u16 = 0x0208;
+    pub const SYNC_RECORDS: u16 = 0x0209;
 }

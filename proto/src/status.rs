@@ -14,7 +14,7 @@ pub fn to_status(error: &WireError) -> Status {
         }
         ErrorKind::NotFound | ErrorKind::NoAttribute => Code::NotFound,
         ErrorKind::AlreadyExists => Code::AlreadyExists,
-        ErrorKind::PermissionDenied => Code::PermissionDenied,
+        ErrorKind::PermissionDenied | ErrorKind::AccessDenied => Code::PermissionDenied,
         ErrorKind::Unauthenticated => Code::Unauthenticated,
         ErrorKind::NoSpace | ErrorKind::TooLarge | ErrorKind::TooManyLinks => Code::ResourceExhausted,
         ErrorKind::Unavailable | ErrorKind::Disconnected => Code::Unavailable,
@@ -61,7 +61,7 @@ mod tests {
 
     #[test]
     fn the_kind_survives_the_trip() {
-        for code in 1..=24 {
+        for code in 1..=25 {
             let error = WireError::new(ErrorKind::from_code(code), "because");
             assert_eq!(from_status(&to_status(&error)), error);
         }

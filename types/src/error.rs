@@ -58,10 +58,13 @@ pub enum ErrorKind {
     NoAttribute = 23,
     /// The peer is gone.
     Disconnected = 24,
+    /// The mode bits of the thing named do not allow this (EACCES); [`ErrorKind::PermissionDenied`]
+    /// is EPERM: the operation is for its owner or for root.
+    AccessDenied = 25,
 }
 
 impl ErrorKind {
-    const ALL: [ErrorKind; 24] = [
+    const ALL: [ErrorKind; 25] = [
         Self::Internal,
         Self::InvalidArgument,
         Self::NotFound,
@@ -86,6 +89,7 @@ impl ErrorKind {
         Self::Busy,
         Self::NoAttribute,
         Self::Disconnected,
+        Self::AccessDenied,
     ];
 
     /// The wire number.
@@ -114,7 +118,7 @@ impl ErrorKind {
             Self::NotFound => 2,                                  // ENOENT
             Self::AlreadyExists => 17,                            // EEXIST
             Self::PermissionDenied => 1,                          // EPERM
-            Self::Unauthenticated => 13,                          // EACCES
+            Self::Unauthenticated | Self::AccessDenied => 13,     // EACCES
             Self::NoSpace => 28,                                  // ENOSPC
             Self::Unavailable | Self::Conflict => 11,             // EAGAIN
             Self::Timeout => 110,                                 // ETIMEDOUT
@@ -162,6 +166,7 @@ impl fmt::Display for ErrorKind {
             Self::Busy => "busy",
             Self::NoAttribute => "no such attribute",
             Self::Disconnected => "peer is gone",
+            Self::AccessDenied => "access denied",
         })
     }
 }
@@ -192,7 +197,7 @@ mod tests {
     fn kinds_keep_their_wire_numbers() {
         // Pinned: a number is never given to another kind.
         let codes: Vec<u16> = ErrorKind::ALL.iter().map(|k| k.code()).collect();
-        assert_eq!(codes, (1..=24).collect::<Vec<u16>>());
+        assert_eq!(codes, (1..=25).collect::<Vec<u16>>());
         for kind in ErrorKind::ALL {
             assert_eq!(ErrorKind::from_code(kind.code()), kind);
         }

@@ -1,0 +1,9 @@
+//! The commands, one file each.
+
+pub mod fs;
+pub mod job;
+pub mod node;
+pub mod quickstart;
+pub mod run;
+pub mod status;
+pub mod up;

@@ -1,0 +1,317 @@
+//! One storage node: its targets, and what the routing table means for each of them.
+//!
+//! Whether a target keeps its data is decided by `fs3_core::target::Tenure`; this module opens and
+//! empties folders accordingly.
+
+use crate::StorageConfig;
+use crate::engine::{Engine, EngineOptions, FileDisk, Header};
+use crate::host::{Host, Surroundings};
+use firefly_net::{BufPool, Client};
+use firefly_proto::mgmtd as pb;
+use firefly_types::{ChainId, ChainVersion, ErrorKind, Nanos, TargetId, WireError};
+use fs3_core::chain::PublicState;
+use fs3_core::target::{ChainView, Event, Target, TargetOptions, Tenure, Verdict};
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+
+pub(crate) type TargetHost = Host<FileDisk>;
+
+/// Payload memory of a node's server.
+pub(crate) const POOL_BYTES: usize = 512 << 20;
+
+struct Slot {
+    chain: ChainId,
+    /// Open and running, or why not.
+    state: Result<Running, String>,
+    tenure: Tenure,
+}
+
+struct Running {
+    host: Arc<TargetHost>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+pub(crate) struct Node {
+    config: StorageConfig,
+    pub(crate) incarnation: u64,
+    client: Client,
+    pool: BufPool,
+    budget: Arc<Semaphore>,
+    slots: Mutex<HashMap<TargetId, Slot>>,
+    addresses: RwLock<HashMap<TargetId, String>>,
+    routing_version: Mutex<u64>,
+    lease_until: Mutex<Nanos>,
+    pub(crate) wake_report: Notify,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Surroundings for Node {
+    fn address(&self, target: TargetId) -> Option<String> {
+        self.addresses.read().unwrap_or_else(PoisonError::into_inner).get(&target).cloned()
+    }
+
+    fn client(&self) -> &Client {
+        &self.client
+    }
+
+    fn report(&self) {
+        self.wake_report.notify_one();
+    }
+}
+
+impl Node {
+    pub(crate) fn new(config: StorageConfig, incarnation: u64) -> Arc<Self> {
+        let client = Client::new(config.identity.clone());
+        Arc::new(Self {
+            config,
+            incarnation,
+            client,
+            pool: BufPool::new(POOL_BYTES),
+            budget: Arc::new(Semaphore::new(POOL_BYTES / 2)),
+            slots: Mutex::default(),
+            addresses: RwLock::default(),
+            routing_version: Mutex::new(0),
+            lease_until: Mutex::default(),
+            wake_report: Notify::new(),
+        })
+    }
+
+    pub(crate) fn pool(&self) -> &BufPool {
+        &self.pool
+    }
+
+    pub(crate) fn admit_bytes(&self, bytes: usize) -> Result<OwnedSemaphorePermit, WireError> {
+        let wanted = u32::try_from(bytes).unwrap_or(u32::MAX);
+        Arc::clone(&self.budget).try_acquire_many_owned(wanted).map_err(|_| {
+            WireError::new(ErrorKind::Unavailable, "this node has too many bytes of updates in flight: ask again")
+        })
+    }
+
+    pub(crate) fn host(&self, target: TargetId) -> Result<Arc<TargetHost>, WireError> {
+        match lock(&self.slots).get(&target) {
+            Some(Slot { state: Ok(running), .. }) => Ok(Arc::clone(&running.host)),
+            Some(Slot { state: Err(reason), .. }) => Err(WireError::new(
+                ErrorKind::Unavailable,
+                format!("target {target} is offline: {reason}; ask another replica"),
+            )),
+            None => Err(WireError::new(
+                ErrorKind::Stale,
+                format!("target {target} is not on node {}: refresh the routing table", self.config.node_id),
+            )),
+        }
+    }
+
+    fn dir(&self, target: TargetId) -> PathBuf {
+        self.config.data_dir.join(target.to_string())
+    }
+
+    pub(crate) fn routing_version(&self) -> u64 {
+        *lock(&self.routing_version)
+    }
+
+    /// The lease of all targets: requests may be served until then.
+    pub(crate) fn extend_lease(&self, until: Nanos) {
+        *lock(&self.lease_until) = until;
+        for host in self.hosts() {
+            host.step(Event::Lease(until));
+        }
+    }
+
+    fn hosts(&self) -> Vec<Arc<TargetHost>> {
+        let slots = lock(&self.slots);
+        slots.values().filter_map(|s| s.state.as_ref().ok()).map(|r| Arc::clone(&r.host)).collect()
+    }
+
+    pub(crate) fn tick(&self) {
+        for host in self.hosts() {
+            host.step(Event::Tick);
+        }
+    }
+
+    /// Blocks put right from other replicas.
+    pub(crate) fn repaired(&self) -> u64 {
+        self.hosts().iter().map(|h| h.repaired()).sum()
+    }
+
+    /// Takes in a routing table. Blocks on disk: opening and wiping targets.
+    pub(crate) fn apply(self: &Arc<Self>, table: &pb::RoutingTable) {
+        {
+            let mut known = lock(&self.routing_version);
+            if table.version <= *known {
+                return;
+            }
+            *known = table.version;
+        }
+        let nodes: HashMap<u32, &str> = table.nodes.iter().map(|n| (n.node_id, n.address.as_str())).collect();
+        let address = |t: &pb::TargetInfo| Some((TargetId(t.target_id), (*nodes.get(&t.node_id)?).to_owned()));
+        *self.addresses.write().unwrap_or_else(PoisonError::into_inner) =
+            table.targets.iter().filter_map(address).filter(|(_, a)| !a.is_empty()).collect();
+        for info in table.targets.iter().filter(|t| t.node_id == self.config.node_id.0) {
+            let target = TargetId(info.target_id);
+            let Some(chain) = table.chains.iter().find(|c| c.chain_id == info.chain_id) else { continue };
+            let Some(at) = chain.targets.iter().position(|t| *t == info.target_id) else { continue };
+            let Some(state) = chain.states.get(at).and_then(|s| public_state(*s)) else { continue };
+            self.settle(target, chain, state);
+            self.tell(target, chain, table.min_write_replicas);
+        }
+        self.wake_report.notify_one();
+    }
+
+    /// Opens the target's folder, or empties it, as its public state demands.
+    fn settle(self: &Arc<Self>, target: TargetId, chain: &pb::ChainInfo, state: PublicState) {
+        let chain_id = ChainId(chain.chain_id);
+        let slot = lock(&self.slots).remove(&target);
+        let mut slot = slot.unwrap_or_else(|| Slot {
+            chain: chain_id,
+            tenure: Tenure::default(),
+            state: Err("it has not been opened".into()),
+        });
+        let is_empty = !self.dir(target).join("header").exists();
+        match slot.tenure.settle(state, ChainVersion(chain.version), is_empty) {
+            Verdict::Keep => {}
+            Verdict::Open => slot.state = self.open(target, chain_id, false),
+            Verdict::Empty => {
+                slot.state = match slot.close() {
+                    // Never again on this disk, until somebody looks at it and starts the node anew.
+                    Some(failure) => Err(failure),
+                    None => {
+                        tracing::info!(%target, %chain_id, "the chain went on without it: it is emptied");
+                        self.open(target, chain_id, true)
+                    }
+                };
+            }
+            Verdict::Hold => {
+                slot.close();
+                slot.state = Err("it waits to be taken out of the chain before it is filled".into());
+            }
+            Verdict::Lost => {
+                slot.state = Err("its folder is empty though it was the last to serve: restore the disk".into());
+            }
+        }
+        if let Err(reason) = &slot.state {
+            tracing::warn!(%target, reason, "the target is not in use");
+        }
+        lock(&self.slots).insert(target, slot);
+    }
+
+    fn open(self: &Arc<Self>, target: TargetId, chain: ChainId, wipe: bool) -> Result<Running, String> {
+        let dir = self.dir(target);
+        if wipe && dir.exists() {
+            std::fs::remove_dir_all(&dir).map_err(|e| format!("cannot empty {}: {e}", dir.display()))?;
+        }
+        let disk = FileDisk::open(&dir).map_err(|e| format!("cannot open {}: {e}", dir.display()))?;
+        let header = Header { cluster: self.config.identity.cluster, target };
+        let options = EngineOptions { capacity_bytes: self.config.capacity_bytes, ..EngineOptions::default() };
+        let (engine, recovered) = Engine::open(disk, header, options).map_err(|e| e.to_string())?;
+        tracing::info!(
+            %target,
+            chunks = recovered.committed.len(),
+            pending = recovered.pending.len(),
+            "target opened"
+        );
+        let machine = Target::new(target, self.incarnation, TargetOptions::default(), recovered);
+        let around: Arc<dyn Surroundings> = self.clone();
+        let (host, thread) =
+            Host::start(chain, engine, machine, around).map_err(|e| format!("cannot start its thread: {e}"))?;
+        host.step(Event::Lease(*lock(&self.lease_until)));
+        Ok(Running { host, thread })
+    }
+
+    fn tell(&self, target: TargetId, chain: &pb::ChainInfo, min_write_replicas: u32) {
+        let in_state = |wanted: pb::PublicState| {
+            let pairs = chain.targets.iter().zip(&chain.states);
+            pairs.filter(move |(_, s)| **s == i32::from(wanted)).map(|(t, _)| TargetId(*t))
+        };
+        let view = ChainView {
+            id: ChainId(chain.chain_id),
+            version: ChainVersion(chain.version),
+            serving: in_state(pb::PublicState::Serving).collect(),
+            syncing: in_state(pb::PublicState::Syncing).next(),
+            min_write_replicas,
+        };
+        let host = {
+            let slots = lock(&self.slots);
+            let Some(slot) = slots.get(&target) else { return };
+            let Ok(running) = &slot.state else { return };
+            if !slot.tenure.follows(view.version) || slot.chain != view.id {
+                return;
+            }
+            Arc::clone(&running.host)
+        };
+        host.step(Event::Chain(view));
+    }
+
+    /// What the next heartbeat says of the targets.
+    pub(crate) fn reports(&self) -> Vec<pb::TargetReport> {
+        let slots = lock(&self.slots);
+        let mut reports: Vec<pb::TargetReport> = slots
+            .iter()
+            .map(|(target, slot)| {
+                let mut report = pb::TargetReport { target_id: target.0, ..pb::TargetReport::default() };
+                let offline = match &slot.state {
+                    Ok(running) => {
+                        let usage = running.host.usage();
+                        let state = running.host.report();
+                        report.used_bytes = usage.used_bytes;
+                        report.capacity_bytes = usage.capacity_bytes;
+                        report.is_volatile = usage.is_volatile;
+                        report.synced_at_version = state.synced_at.map_or(0, |v| v.0);
+                        state.offline
+                    }
+                    Err(reason) => Some(reason.clone()),
+                };
+                let up_to_date = slot.tenure.is_complete() || report.synced_at_version != 0;
+                report.set_state(match offline {
+                    Some(_) => pb::LocalState::Offline,
+                    None if up_to_date => pb::LocalState::UpToDate,
+                    None => pb::LocalState::Online,
+                });
+                report.reason = offline.unwrap_or_default();
+                report
+            })
+            .collect();
+        reports.sort_by_key(|r| r.target_id);
+        reports
+    }
+
+    /// Ends all targets' threads.
+    pub(crate) fn stop(&self) {
+        let slots = std::mem::take(&mut *lock(&self.slots));
+        for (_, mut slot) in slots {
+            slot.close();
+        }
+    }
+}
+
+fn public_state(raw: i32) -> Option<PublicState> {
+    Some(match pb::PublicState::try_from(raw).ok()? {
+        pb::PublicState::Serving => PublicState::Serving,
+        pb::PublicState::Syncing => PublicState::Syncing,
+        pb::PublicState::Waiting => PublicState::Waiting,
+        pb::PublicState::Lastsrv => PublicState::LastSrv,
+        pb::PublicState::Offline => PublicState::Offline,
+        pb::PublicState::Unspecified => return None,
+    })
+}
+
+impl Slot {
+    /// Ends the target's thread and closes its files; says how its disk had failed, if it had.
+    fn close(&mut self) -> Option<String> {
+        match std::mem::replace(&mut self.state, Err("closed".into())) {
+            Ok(Running { host, thread }) => {
+                let failure = host.stop();
+                if thread.join().is_err() {
+                    tracing::error!("a disk thread had panicked");
+                }
+                host.release();
+                failure
+            }
+            Err(_) => None,
+        }
+    }
+}

@@ -1,0 +1,348 @@
+//! The TCP channel: a non-blocking socket and what is posted on it.
+//!
+//! ```text
+//! 0  magic     4  "FFCH"
+//! 4  reserved  4  0
+//! 8  len       8  bytes of the payload
+//! 16 header   64  the caller's
+//! 80 payload
+//! ```
+
+use super::{Channel, ChannelError, Completion, HEADER_BYTES, Incoming};
+use std::collections::VecDeque;
+use std::io;
+use std::net::TcpStream;
+use std::os::fd::{AsRawFd, RawFd};
+
+const MAGIC: [u8; 4] = *b"FFCH";
+const PREFIX: usize = 16;
+const WIRE_HEADER: usize = PREFIX + HEADER_BYTES;
+/// Larger than any tensor in one message; catches a stream out of step.
+const MAX_LEN: u64 = 1 << 40;
+/// Pieces handed to the kernel at once.
+const MAX_PIECES: usize = 32;
+/// Bytes moved by one `progress` in each direction before it returns, so that a fast peer does not
+/// keep the caller from its other channels.
+const BURST: usize = 4 << 20;
+
+fn encode(header: &[u8; HEADER_BYTES], len: usize) -> [u8; WIRE_HEADER] {
+    let mut wire = [0; WIRE_HEADER];
+    wire[..4].copy_from_slice(&MAGIC);
+    wire[8..16].copy_from_slice(&(len as u64).to_le_bytes());
+    wire[PREFIX..].copy_from_slice(header);
+    wire
+}
+
+fn decode(wire: &[u8; WIRE_HEADER]) -> Result<Incoming, ChannelError> {
+    let broken = |what: String| Err(ChannelError::Protocol(what));
+    if wire[..4] != MAGIC {
+        return broken(format!("a message starts with {:02x?}, not with its magic", &wire[..4]));
+    }
+    if wire[4..8] != [0; 4] {
+        return broken("reserved bytes of a message are not zero".into());
+    }
+    let mut len = [0; 8];
+    len.copy_from_slice(&wire[8..16]);
+    let len = u64::from_le_bytes(len);
+    if len > MAX_LEN {
+        return broken(format!("a message of {len} bytes (limit {MAX_LEN})"));
+    }
+    let mut header = [0; HEADER_BYTES];
+    header.copy_from_slice(&wire[PREFIX..]);
+    Ok(Incoming { header, len: len as usize })
+}
+
+/// A posted send. The pointer is the caller's promise (`post_send`).
+struct Send {
+    token: u64,
+    wire: [u8; WIRE_HEADER],
+    ptr: *const u8,
+    len: usize,
+}
+
+/// A posted receive. The pointer is the caller's promise (`post_recv`).
+struct Recv {
+    token: u64,
+    ptr: *mut u8,
+    len: usize,
+    done: usize,
+}
+
+pub(super) struct TcpChannel {
+    stream: TcpStream,
+    sends: VecDeque<Send>,
+    /// Bytes of the first send that are on their way.
+    sent: usize,
+    /// The wire header that is arriving.
+    wire: [u8; WIRE_HEADER],
+    wire_done: usize,
+    next: Option<Incoming>,
+    recv: Option<Recv>,
+    failed: Option<ChannelError>,
+    bytes_sent: u64,
+    bytes_received: u64,
+}
+
+// SAFETY: the raw pointers are only passed to the kernel, under promises made for the time until
+// completion and not for a thread.
+unsafe impl std::marker::Send for TcpChannel {}
+
+impl TcpChannel {
+    /// Takes over a connected, authenticated, non-blocking stream.
+    pub(super) fn new(stream: TcpStream) -> TcpChannel {
+        TcpChannel {
+            stream,
+            sends: VecDeque::new(),
+            sent: 0,
+            wire: [0; WIRE_HEADER],
+            wire_done: 0,
+            next: None,
+            recv: None,
+            failed: None,
+            bytes_sent: 0,
+            bytes_received: 0,
+        }
+    }
+
+    fn check(&self) -> Result<(), ChannelError> {
+        self.failed.clone().map_or(Ok(()), Err)
+    }
+
+    fn fail(&mut self, e: ChannelError) -> ChannelError {
+        self.failed.get_or_insert(e).clone()
+    }
+
+    /// Receives into `ptr..ptr + len` and then into the wire header, so that the next message's
+    /// header comes with the same system call. Returns the bytes received, 0 if none are there.
+    fn receive(&mut self, ptr: *mut u8, len: usize) -> Result<usize, ChannelError> {
+        let ahead = &mut self.wire[self.wire_done..];
+        let mut pieces = [
+            libc::iovec { iov_base: ptr.cast(), iov_len: len },
+            libc::iovec { iov_base: ahead.as_mut_ptr().cast(), iov_len: ahead.len() },
+        ];
+        let pieces = if len == 0 { &mut pieces[1..] } else { &mut pieces[..] };
+        // SAFETY: msghdr is a plain C struct for which zeros mean "absent".
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = pieces.as_mut_ptr();
+        message.msg_iovlen = pieces.len() as _;
+        loop {
+            // SAFETY: the pieces point to the caller's posted memory (valid by the promise of
+            // `post_recv`) and to our own header; both outlive the call.
+            let got = unsafe { libc::recvmsg(self.stream.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
+            if got > 0 {
+                self.bytes_received += got as u64;
+                return Ok(got as usize);
+            }
+            if got == 0 {
+                let reason = "the peer closed it".to_owned();
+                return Err(self.fail(ChannelError::Closed { reason }));
+            }
+            let e = io::Error::last_os_error();
+            match e.kind() {
+                io::ErrorKind::WouldBlock => return Ok(0),
+                io::ErrorKind::Interrupted => {}
+                _ => return Err(self.fail(ChannelError::closed("receiving failed", &e))),
+            }
+        }
+    }
+
+    /// Reads payload and headers as far as they are wanted.
+    fn pump_in(&mut self, out: &mut Vec<Completion>) -> Result<(), ChannelError> {
+        let mut moved = 0;
+        loop {
+            if let Some(recv) = self.recv.take_if(|r| r.done == r.len) {
+                out.push(Completion::Received { token: recv.token });
+            }
+            if self.recv.is_none() {
+                if self.next.is_none() && self.wire_done == WIRE_HEADER {
+                    self.wire_done = 0;
+                    self.next = Some(decode(&self.wire).map_err(|e| self.fail(e))?);
+                }
+                // A payload that waits to be posted: nothing more is wanted.
+                if self.next.is_some() {
+                    return Ok(());
+                }
+            }
+            // Only after completions were reported: what is left keeps the descriptor readable, a
+            // completion does not.
+            if moved >= BURST {
+                return Ok(());
+            }
+            let (ptr, len) = match &self.recv {
+                // SAFETY: `done` < `len`, within the posted memory.
+                Some(r) => (unsafe { r.ptr.add(r.done) }, r.len - r.done),
+                None => (std::ptr::null_mut(), 0),
+            };
+            let got = self.receive(ptr, len)?;
+            if got == 0 {
+                return Ok(());
+            }
+            let landed = got.min(len);
+            if let Some(recv) = &mut self.recv {
+                recv.done += landed;
+            }
+            self.wire_done += got - landed;
+            moved += got;
+        }
+    }
+
+    fn pump_out(&mut self, out: &mut Vec<Completion>) -> Result<(), ChannelError> {
+        let mut moved = 0;
+        while moved < BURST {
+            while let Some(first) = self.sends.front() {
+                let total = WIRE_HEADER + first.len;
+                if self.sent < total {
+                    break;
+                }
+                self.sent -= total;
+                out.push(Completion::Sent { token: first.token });
+                self.sends.pop_front();
+            }
+            if self.sends.is_empty() {
+                return Ok(());
+            }
+            let mut pieces = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_PIECES];
+            let mut used = 0;
+            let mut before = self.sent;
+            'fill: for send in &self.sends {
+                for (ptr, len) in [(send.wire.as_ptr(), WIRE_HEADER), (send.ptr, send.len)] {
+                    if before >= len {
+                        before -= len;
+                        continue;
+                    }
+                    if used == MAX_PIECES {
+                        break 'fill;
+                    }
+                    // SAFETY: `before` < `len`, within the wire header or the posted memory.
+                    let from = unsafe { ptr.add(before) };
+                    pieces[used] = libc::iovec { iov_base: from.cast_mut().cast(), iov_len: len - before };
+                    used += 1;
+                    before = 0;
+                }
+            }
+            // SAFETY: msghdr is a plain C struct for which zeros mean "absent".
+            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+            message.msg_iov = pieces.as_mut_ptr();
+            message.msg_iovlen = used as _;
+            let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+            // SAFETY: the pieces point to wire headers in our queue and to posted memory (valid by
+            // the promise of `post_send`); sendmsg only reads them.
+            let put = unsafe { libc::sendmsg(self.stream.as_raw_fd(), &message, flags) };
+            if put >= 0 {
+                self.sent += put as usize;
+                self.bytes_sent += put as u64;
+                moved += put as usize;
+                continue;
+            }
+            let e = io::Error::last_os_error();
+            match e.kind() {
+                io::ErrorKind::WouldBlock => return Ok(()),
+                io::ErrorKind::Interrupted => {}
+                _ => return Err(self.fail(ChannelError::closed("sending failed", &e))),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Channel for TcpChannel {
+    unsafe fn post_send(
+        &mut self,
+        token: u64,
+        header: &[u8; HEADER_BYTES],
+        ptr: *const u8,
+        len: usize,
+    ) -> Result<(), ChannelError> {
+        self.check()?;
+        if len as u64 > MAX_LEN {
+            return Err(ChannelError::Misuse("a message is longer than a channel takes"));
+        }
+        self.sends.push_back(Send { token, wire: encode(header, len), ptr, len });
+        Ok(())
+    }
+
+    fn peek(&mut self) -> Result<Option<Incoming>, ChannelError> {
+        if self.next.is_some() || self.recv.is_some() {
+            // While a payload is arriving its successor's header is not there yet; what has
+            // arrived stays readable after a failure.
+            return Ok(self.next);
+        }
+        self.check()?;
+        let mut none = Vec::new();
+        self.pump_in(&mut none)?;
+        debug_assert!(none.is_empty(), "nothing was posted");
+        Ok(self.next)
+    }
+
+    unsafe fn post_recv(&mut self, token: u64, ptr: *mut u8, len: usize) -> Result<(), ChannelError> {
+        self.check()?;
+        let Some(next) = self.next else {
+            return Err(ChannelError::Misuse("post_recv without a peeked message"));
+        };
+        if next.len != len {
+            return Err(ChannelError::Misuse("post_recv with another length than the peeked message's"));
+        }
+        self.next = None;
+        self.recv = Some(Recv { token, ptr, len, done: 0 });
+        Ok(())
+    }
+
+    fn progress(&mut self, out: &mut Vec<Completion>) -> Result<(), ChannelError> {
+        self.check()?;
+        let before = out.len();
+        // What the peer sent before it died is delivered before the error that its death makes.
+        let moved = self.pump_in(out).and_then(|()| self.pump_out(out));
+        // A peer may close right after its last message: first the completions, then, by the next
+        // call, the end. The descriptor stays readable until then.
+        if out.len() > before { Ok(()) } else { moved }
+    }
+
+    fn poll_fd(&self) -> (RawFd, bool) {
+        (self.stream.as_raw_fd(), !self.sends.is_empty())
+    }
+
+    fn bytes_sent(&self) -> u64 {
+        self.bytes_sent
+    }
+
+    fn bytes_received(&self) -> u64 {
+        self.bytes_received
+    }
+
+    fn transport(&self) -> &'static str {
+        "tcp"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn golden_bytes() {
+        let wire = encode(&[0xAB; HEADER_BYTES], 0x0102_0304);
+        let hex: String = wire.iter().map(|b| format!("{b:02x}")).collect();
+        assert_eq!(hex, "4646434800000000".to_owned() + "0403020100000000" + &"ab".repeat(HEADER_BYTES));
+    }
+
+    proptest! {
+        /// Arbitrary bytes are refused or are the one encoding of what they are read as.
+        #[test]
+        fn arbitrary_headers_are_refused_or_canonical(
+            bytes in prop::collection::vec(any::<u8>(), WIRE_HEADER),
+            fix in any::<bool>(),
+        ) {
+            let mut wire = [0; WIRE_HEADER];
+            wire.copy_from_slice(&bytes);
+            if fix {
+                wire[..8].copy_from_slice(b"FFCH\0\0\0\0");
+                wire[13..16].fill(0);
+            }
+            if let Ok(incoming) = decode(&wire) {
+                prop_assert!(incoming.len as u64 <= MAX_LEN);
+                prop_assert_eq!(encode(&incoming.header, incoming.len), wire);
+            }
+        }
+    }
+}

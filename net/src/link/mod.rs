@@ -1,0 +1,134 @@
+//! The seam between what is said and what carries it: one connected pair of processes.
+//!
+//! RPC is written once over [`LinkTx`] and [`LinkRx`]. Each carrier moves small messages (a header
+//! and a head) in order, and payloads by the means it is good at:
+//!
+//! | step | TCP | RDMA |
+//! | --- | --- | --- |
+//! | register memory | nothing | once per pool block and device, kept with the block |
+//! | send a message | bytes | SEND into a posted receive |
+//! | request payload: *pull* | the bytes that follow the request | READ of the caller's described memory |
+//! | reply payload: *push* | the bytes within the reply | WRITE into the caller's described memory, before the reply's SEND |
+//! | reply payload: *land* | read into the caller's buffer | nothing left to do: the WRITE precedes the SEND |
+//! | completion | the socket took or gave the bytes | the completion queue said so |
+//!
+//! Rules that make one implementation of RPC right on both:
+//!
+//! * after [`LinkRx::recv`] returned a message with a payload, exactly one of `pull`, `land` and
+//!   `skip` follows before the next `recv`;
+//! * a payload's memory ([`Outgoing::payload`], [`Outgoing::window`]) stays owned by the connection
+//!   until the answer came or *both* halves were dropped: a remote device may still be reading or
+//!   writing it until the queue pair is destroyed;
+//! * an error of either half ends the link.
+
+pub(crate) mod tcp;
+#[cfg(feature = "rdma")]
+pub(crate) mod verbs;
+
+use crate::buf::{Buf, BufMut};
+use crate::error::LinkError;
+use crate::rpc::frame::Header;
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tokio::sync::OwnedSemaphorePermit;
+
+/// Bytes that crossed a transport, headers included.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) sent: AtomicU64,
+    pub(crate) received: AtomicU64,
+}
+
+impl Counters {
+    pub(crate) fn add_sent(&self, n: usize) {
+        self.sent.fetch_add(n as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_received(&self, n: usize) {
+        self.received.fetch_add(n as u64, Ordering::Relaxed);
+    }
+}
+
+/// A described piece of the peer's memory, as a device names it. TCP has none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "only devices that address memory read it"))]
+pub(crate) struct Window {
+    pub(crate) address: u64,
+    pub(crate) key: u32,
+    pub(crate) len: u32,
+}
+
+/// Names memory for the peer's device, registering it at first use.
+pub(crate) trait Register: Send + Sync {
+    /// The window onto all of `buf`, or nothing on a carrier that does not address memory.
+    fn window(&self, buf: &mut BufMut) -> Result<Option<Window>, LinkError>;
+}
+
+/// A message to send.
+pub(crate) struct Outgoing {
+    pub(crate) header: Header,
+    pub(crate) head: Bytes,
+    /// Request: bytes to offer for the server's pull. Reply: bytes to push.
+    pub(crate) payload: Option<Buf>,
+    /// Request: where the reply's payload shall land, as this side's device names it.
+    /// Reply: the window that came with the request.
+    #[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "only devices that address memory read it"))]
+    pub(crate) window: Option<Window>,
+    /// Held until the message is on its way; bounds what is queued.
+    #[expect(dead_code, reason = "held, not read")]
+    pub(crate) permit: Option<OwnedSemaphorePermit>,
+}
+
+/// A message that came. Its payload, if the header says that there is one, has not been moved yet.
+#[derive(Debug)]
+pub(crate) struct Incoming {
+    pub(crate) header: Header,
+    pub(crate) head: Bytes,
+    /// Request: the caller's payload, to be pulled.
+    #[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "only devices that address memory read it"))]
+    pub(crate) source: Option<Window>,
+    /// Request: where the caller wants the reply's payload; goes into the reply's [`Outgoing::window`].
+    pub(crate) window: Option<Window>,
+}
+
+/// The sending half.
+pub(crate) trait LinkTx: Send + 'static {
+    /// "tcp" or "rdma".
+    const NAME: &'static str;
+
+    /// What names the memory of receive buffers.
+    fn register(&self) -> Arc<dyn Register>;
+
+    /// Sends all of `batch` in order and empties it. A reply's payload is pushed before the reply.
+    fn send(&mut self, batch: &mut VecDeque<Outgoing>) -> impl Future<Output = Result<(), LinkError>> + Send;
+}
+
+/// The receiving half.
+pub(crate) trait LinkRx: Send + 'static {
+    /// The next message, its header checked. Cancelling it loses the link.
+    fn recv(&mut self) -> impl Future<Output = Result<Incoming, LinkError>> + Send;
+
+    /// Fetches a request's payload into `into`, whose length is the payload's. Takes the buffer so
+    /// that a cancelled pull leaves it with the link, whose device may still be writing.
+    fn pull(
+        &mut self,
+        from: &Incoming,
+        into: BufMut,
+    ) -> impl Future<Output = Result<BufMut, LinkError>> + Send;
+
+    /// Completes a reply's payload in the buffer that was named for it, whose length is the payload's.
+    fn land(
+        &mut self,
+        reply: &Incoming,
+        into: &mut BufMut,
+    ) -> impl Future<Output = Result<(), LinkError>> + Send;
+
+    /// Passes over a payload that nobody wants.
+    fn skip(&mut self, from: &Incoming) -> impl Future<Output = Result<(), LinkError>> + Send;
+}
+
+#[cfg(test)]
+pub(crate) mod contract;

@@ -1,0 +1,416 @@
+//! The part of libibverbs that Firefly uses: types of its stable ABI (symbol version IBVERBS_1.x)
+//! and its exported calls, looked up at run time.
+//!
+//! Own declarations rather than a binding crate: the library must not become a DT_NEEDED of `ff`
+//! (one binary starts on machines with and without RDMA), and building must need neither libclang
+//! nor libibverbs' headers. The layouts are checked against the C header by
+//! `layout_matches_the_header`, which `tests/rdma-vm/run.sh` runs. Enums are plain integers: a
+//! value of a newer library is then a number, not undefined behaviour.
+
+#![allow(non_camel_case_types, reason = "the names of the C header")]
+
+use libloading::Library;
+use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::sync::OnceLock;
+
+macro_rules! opaque {
+    ($($name:ident),*) => { $(
+        #[repr(C)]
+        pub(super) struct $name {
+            _private: [u8; 0],
+        }
+    )* };
+}
+
+opaque!(ibv_device, ibv_srq);
+
+#[repr(C)]
+pub(super) struct ibv_context_ops {
+    _before_poll_cq: [*mut c_void; 11],
+    pub(super) poll_cq: unsafe extern "C" fn(*mut ibv_cq, c_int, *mut ibv_wc) -> c_int,
+    pub(super) req_notify_cq: unsafe extern "C" fn(*mut ibv_cq, c_int) -> c_int,
+    _before_post_send: [*mut c_void; 12],
+    pub(super) post_send: unsafe extern "C" fn(*mut ibv_qp, *mut ibv_send_wr, *mut *mut ibv_send_wr) -> c_int,
+    pub(super) post_recv: unsafe extern "C" fn(*mut ibv_qp, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> c_int,
+}
+
+/// Only the beginning; made by the library.
+#[repr(C)]
+pub(super) struct ibv_context {
+    pub(super) device: *mut ibv_device,
+    pub(super) ops: ibv_context_ops,
+}
+
+#[repr(C)]
+pub(super) struct ibv_pd {
+    pub(super) context: *mut ibv_context,
+    pub(super) handle: u32,
+}
+
+#[repr(C)]
+pub(super) struct ibv_mr {
+    pub(super) context: *mut ibv_context,
+    pub(super) pd: *mut ibv_pd,
+    pub(super) addr: *mut c_void,
+    pub(super) length: usize,
+    pub(super) handle: u32,
+    pub(super) lkey: u32,
+    pub(super) rkey: u32,
+}
+
+#[repr(C)]
+pub(super) struct ibv_comp_channel {
+    pub(super) context: *mut ibv_context,
+    pub(super) fd: c_int,
+    pub(super) refcnt: c_int,
+}
+
+/// Only the beginning; made by the library.
+#[repr(C)]
+pub(super) struct ibv_cq {
+    pub(super) context: *mut ibv_context,
+    pub(super) channel: *mut ibv_comp_channel,
+    pub(super) cq_context: *mut c_void,
+    pub(super) handle: u32,
+    pub(super) cqe: c_int,
+}
+
+/// Only the beginning; made by the library.
+#[repr(C)]
+pub(super) struct ibv_qp {
+    pub(super) context: *mut ibv_context,
+    pub(super) qp_context: *mut c_void,
+    pub(super) pd: *mut ibv_pd,
+    pub(super) send_cq: *mut ibv_cq,
+    pub(super) recv_cq: *mut ibv_cq,
+    pub(super) srq: *mut ibv_srq,
+    pub(super) handle: u32,
+    pub(super) qp_num: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct ibv_wc {
+    pub(super) wr_id: u64,
+    pub(super) status: c_uint,
+    pub(super) opcode: c_uint,
+    pub(super) vendor_err: u32,
+    pub(super) byte_len: u32,
+    pub(super) imm_data: u32,
+    pub(super) qp_num: u32,
+    pub(super) src_qp: u32,
+    pub(super) wc_flags: c_uint,
+    pub(super) pkey_index: u16,
+    pub(super) slid: u16,
+    pub(super) sl: u8,
+    pub(super) dlid_path_bits: u8,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct ibv_sge {
+    pub(super) addr: u64,
+    pub(super) length: u32,
+    pub(super) lkey: u32,
+}
+
+/// The unions after `imm_data` are spelled as the members that RC queue pairs use.
+#[repr(C)]
+pub(super) struct ibv_send_wr {
+    pub(super) wr_id: u64,
+    pub(super) next: *mut ibv_send_wr,
+    pub(super) sg_list: *mut ibv_sge,
+    pub(super) num_sge: c_int,
+    pub(super) opcode: c_uint,
+    pub(super) send_flags: c_uint,
+    pub(super) imm_data: u32,
+    pub(super) remote_addr: u64,
+    pub(super) rkey: u32,
+    _rest_of_wr: [u32; 5],
+    _qp_type: u32,
+    _bind_or_tso: [u64; 6],
+}
+
+impl ibv_send_wr {
+    pub(super) fn new(wr_id: u64, opcode: c_uint, sge: &mut ibv_sge) -> ibv_send_wr {
+        ibv_send_wr {
+            wr_id,
+            next: std::ptr::null_mut(),
+            sg_list: sge,
+            num_sge: 1,
+            opcode,
+            send_flags: IBV_SEND_SIGNALED,
+            imm_data: 0,
+            remote_addr: 0,
+            rkey: 0,
+            _rest_of_wr: [0; 5],
+            _qp_type: 0,
+            _bind_or_tso: [0; 6],
+        }
+    }
+}
+
+#[repr(C)]
+pub(super) struct ibv_recv_wr {
+    pub(super) wr_id: u64,
+    pub(super) next: *mut ibv_recv_wr,
+    pub(super) sg_list: *mut ibv_sge,
+    pub(super) num_sge: c_int,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct ibv_qp_cap {
+    pub(super) max_send_wr: u32,
+    pub(super) max_recv_wr: u32,
+    pub(super) max_send_sge: u32,
+    pub(super) max_recv_sge: u32,
+    pub(super) max_inline_data: u32,
+}
+
+#[repr(C)]
+pub(super) struct ibv_qp_init_attr {
+    pub(super) qp_context: *mut c_void,
+    pub(super) send_cq: *mut ibv_cq,
+    pub(super) recv_cq: *mut ibv_cq,
+    pub(super) srq: *mut ibv_srq,
+    pub(super) cap: ibv_qp_cap,
+    pub(super) qp_type: c_uint,
+    pub(super) sq_sig_all: c_int,
+}
+
+/// A union with a `__be64` pair in C, hence the alignment.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct ibv_gid {
+    pub(super) raw: [u8; 16],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct ibv_global_route {
+    pub(super) dgid: ibv_gid,
+    pub(super) flow_label: u32,
+    pub(super) sgid_index: u8,
+    pub(super) hop_limit: u8,
+    pub(super) traffic_class: u8,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct ibv_ah_attr {
+    pub(super) grh: ibv_global_route,
+    pub(super) dlid: u16,
+    pub(super) sl: u8,
+    pub(super) src_path_bits: u8,
+    pub(super) static_rate: u8,
+    pub(super) is_global: u8,
+    pub(super) port_num: u8,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct ibv_qp_attr {
+    pub(super) qp_state: c_uint,
+    pub(super) cur_qp_state: c_uint,
+    pub(super) path_mtu: c_uint,
+    pub(super) path_mig_state: c_uint,
+    pub(super) qkey: u32,
+    pub(super) rq_psn: u32,
+    pub(super) sq_psn: u32,
+    pub(super) dest_qp_num: u32,
+    pub(super) qp_access_flags: c_uint,
+    pub(super) cap: ibv_qp_cap,
+    pub(super) ah_attr: ibv_ah_attr,
+    pub(super) alt_ah_attr: ibv_ah_attr,
+    pub(super) pkey_index: u16,
+    pub(super) alt_pkey_index: u16,
+    pub(super) en_sqd_async_notify: u8,
+    pub(super) sq_draining: u8,
+    pub(super) max_rd_atomic: u8,
+    pub(super) max_dest_rd_atomic: u8,
+    pub(super) min_rnr_timer: u8,
+    pub(super) port_num: u8,
+    pub(super) timeout: u8,
+    pub(super) retry_cnt: u8,
+    pub(super) rnr_retry: u8,
+    pub(super) alt_port_num: u8,
+    pub(super) alt_timeout: u8,
+    pub(super) rate_limit: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct ibv_port_attr {
+    pub(super) state: c_uint,
+    pub(super) max_mtu: c_uint,
+    pub(super) active_mtu: c_uint,
+    pub(super) gid_tbl_len: c_int,
+    pub(super) port_cap_flags: u32,
+    pub(super) max_msg_sz: u32,
+    pub(super) bad_pkey_cntr: u32,
+    pub(super) qkey_viol_cntr: u32,
+    pub(super) pkey_tbl_len: u16,
+    pub(super) lid: u16,
+    pub(super) sm_lid: u16,
+    pub(super) lmc: u8,
+    pub(super) max_vl_num: u8,
+    pub(super) sm_sl: u8,
+    pub(super) subnet_timeout: u8,
+    pub(super) init_type_reply: u8,
+    pub(super) active_width: u8,
+    pub(super) active_speed: u8,
+    pub(super) phys_state: u8,
+    pub(super) link_layer: u8,
+    pub(super) flags: u8,
+    pub(super) port_cap_flags2: u16,
+    /// Newer libraries append fields; the exported call writes none of them.
+    _newer: [u64; 4],
+}
+
+pub(super) const IBV_PORT_ACTIVE: c_uint = 4;
+pub(super) const IBV_QPT_RC: c_uint = 2;
+pub(super) const IBV_QPS_INIT: c_uint = 1;
+pub(super) const IBV_QPS_RTR: c_uint = 2;
+pub(super) const IBV_QPS_RTS: c_uint = 3;
+pub(super) const IBV_WR_RDMA_WRITE: c_uint = 0;
+pub(super) const IBV_WR_SEND: c_uint = 2;
+pub(super) const IBV_WR_RDMA_READ: c_uint = 4;
+pub(super) const IBV_SEND_SIGNALED: c_uint = 1 << 1;
+pub(super) const IBV_ACCESS_LOCAL_WRITE: c_int = 1;
+pub(super) const IBV_ACCESS_REMOTE_WRITE: c_int = 1 << 1;
+pub(super) const IBV_ACCESS_REMOTE_READ: c_int = 1 << 2;
+pub(super) const IBV_WC_SUCCESS: c_uint = 0;
+pub(super) const IBV_WC_RECV: c_uint = 1 << 7;
+
+/// Bits of `ibv_modify_qp`'s mask.
+pub(super) mod mask {
+    use std::ffi::c_int;
+
+    pub(in super::super) const STATE: c_int = 1;
+    pub(in super::super) const ACCESS: c_int = 1 << 3;
+    pub(in super::super) const PKEY_INDEX: c_int = 1 << 4;
+    pub(in super::super) const PORT: c_int = 1 << 5;
+    pub(in super::super) const AV: c_int = 1 << 7;
+    pub(in super::super) const PATH_MTU: c_int = 1 << 8;
+    pub(in super::super) const TIMEOUT: c_int = 1 << 9;
+    pub(in super::super) const RETRY_CNT: c_int = 1 << 10;
+    pub(in super::super) const RNR_RETRY: c_int = 1 << 11;
+    pub(in super::super) const RQ_PSN: c_int = 1 << 12;
+    pub(in super::super) const MAX_RD_ATOMIC: c_int = 1 << 13;
+    pub(in super::super) const MIN_RNR_TIMER: c_int = 1 << 15;
+    pub(in super::super) const SQ_PSN: c_int = 1 << 16;
+    pub(in super::super) const MAX_DEST_RD_ATOMIC: c_int = 1 << 17;
+    pub(in super::super) const DEST_QPN: c_int = 1 << 20;
+}
+
+macro_rules! api {
+    ($(fn $name:ident($($arg:ty),*) $(-> $ret:ty)?;)*) => {
+        /// The exported calls. The library stays loaded for the process's life.
+        pub(super) struct Api {
+            $(pub(super) $name: unsafe extern "C" fn($($arg),*) $(-> $ret)?,)*
+        }
+
+        impl Api {
+            fn load() -> Result<Api, String> {
+                // SAFETY: libibverbs' initialisers are those that any linked program runs.
+                let library = unsafe { Library::new("libibverbs.so.1") }.map_err(|e| e.to_string())?;
+                let api = Api {
+                    $($name: {
+                        // SAFETY: the type is that of the C declaration.
+                        let symbol = unsafe {
+                            library.get::<unsafe extern "C" fn($($arg),*) $(-> $ret)?>(
+                                concat!(stringify!($name), "\0").as_bytes()
+                            )
+                        };
+                        *symbol.map_err(|e| e.to_string())?
+                    },)*
+                };
+                // The function pointers must stay good.
+                std::mem::forget(library);
+                Ok(api)
+            }
+        }
+    };
+}
+
+api! {
+    fn ibv_get_device_list(*mut c_int) -> *mut *mut ibv_device;
+    fn ibv_free_device_list(*mut *mut ibv_device);
+    fn ibv_get_device_name(*mut ibv_device) -> *const c_char;
+    fn ibv_open_device(*mut ibv_device) -> *mut ibv_context;
+    fn ibv_close_device(*mut ibv_context) -> c_int;
+    fn ibv_query_port(*mut ibv_context, u8, *mut ibv_port_attr) -> c_int;
+    fn ibv_query_gid(*mut ibv_context, u8, c_int, *mut ibv_gid) -> c_int;
+    fn ibv_alloc_pd(*mut ibv_context) -> *mut ibv_pd;
+    fn ibv_dealloc_pd(*mut ibv_pd) -> c_int;
+    fn ibv_reg_mr(*mut ibv_pd, *mut c_void, usize, c_int) -> *mut ibv_mr;
+    fn ibv_dereg_mr(*mut ibv_mr) -> c_int;
+    fn ibv_create_comp_channel(*mut ibv_context) -> *mut ibv_comp_channel;
+    fn ibv_destroy_comp_channel(*mut ibv_comp_channel) -> c_int;
+    fn ibv_create_cq(*mut ibv_context, c_int, *mut c_void, *mut ibv_comp_channel, c_int) -> *mut ibv_cq;
+    fn ibv_destroy_cq(*mut ibv_cq) -> c_int;
+    fn ibv_get_cq_event(*mut ibv_comp_channel, *mut *mut ibv_cq, *mut *mut c_void) -> c_int;
+    fn ibv_ack_cq_events(*mut ibv_cq, c_uint);
+    fn ibv_create_qp(*mut ibv_pd, *mut ibv_qp_init_attr) -> *mut ibv_qp;
+    fn ibv_modify_qp(*mut ibv_qp, *mut ibv_qp_attr, c_int) -> c_int;
+    fn ibv_destroy_qp(*mut ibv_qp) -> c_int;
+    fn ibv_wc_status_str(c_uint) -> *const c_char;
+}
+
+/// The library, or why it cannot be had on this machine.
+pub(super) fn api() -> Result<&'static Api, &'static str> {
+    static API: OnceLock<Result<Api, String>> = OnceLock::new();
+    API.get_or_init(Api::load).as_ref().map_err(String::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::mem::{offset_of, size_of};
+
+    macro_rules! layout {
+        ($($name:ident: $size:literal { $($field:ident),* })*) => {{
+            let mut out = Vec::new();
+            $(
+                if $size { out.push(format!("{} size {}", stringify!($name), size_of::<$name>())); }
+                $(out.push(format!("{} {} {}", stringify!($name), stringify!($field), offset_of!($name, $field)));)*
+            )*
+            out
+        }};
+    }
+
+    /// `tests/rdma-vm/layout.c`, compiled against the installed header, prints the same lines.
+    #[test]
+    #[ignore = "needs the C header; tests/rdma-vm/run.sh makes the list and runs this"]
+    fn layout_matches_the_header() {
+        let path =
+            std::env::var("FIREFLY_VERBS_LAYOUT").expect("FIREFLY_VERBS_LAYOUT names the C program's output");
+        let text = std::fs::read_to_string(path).unwrap();
+        let theirs: Vec<&str> = text.lines().collect();
+        let ops = offset_of!(ibv_context, ops);
+        let mut ours = vec![
+            format!("ibv_context ops.poll_cq {}", ops + offset_of!(ibv_context_ops, poll_cq)),
+            format!("ibv_context ops.req_notify_cq {}", ops + offset_of!(ibv_context_ops, req_notify_cq)),
+            format!("ibv_context ops.post_send {}", ops + offset_of!(ibv_context_ops, post_send)),
+            format!("ibv_context ops.post_recv {}", ops + offset_of!(ibv_context_ops, post_recv)),
+        ];
+        ours.extend(layout! {
+            ibv_mr: true { lkey, rkey }
+            ibv_comp_channel: true { fd }
+            ibv_cq: false { channel, cqe }
+            ibv_qp: false { qp_num }
+            ibv_wc: true { wr_id, status, opcode, byte_len, qp_num }
+            ibv_sge: true { addr, length, lkey }
+            ibv_send_wr: true { sg_list, num_sge, opcode, send_flags, remote_addr, rkey }
+            ibv_recv_wr: true { sg_list, num_sge }
+            ibv_qp_init_attr: true { send_cq, recv_cq, cap, qp_type, sq_sig_all }
+            ibv_global_route: true { dgid, flow_label, sgid_index, hop_limit }
+            ibv_ah_attr: true { grh, is_global, port_num }
+            ibv_qp_attr: true { path_mtu, rq_psn, dest_qp_num, qp_access_flags, ah_attr, pkey_index,
+                max_rd_atomic, max_dest_rd_atomic, min_rnr_timer, port_num, timeout, rnr_retry, rate_limit }
+            ibv_port_attr: false { active_mtu, gid_tbl_len, link_layer, port_cap_flags2 }
+        });
+        assert_eq!(ours, theirs);
+    }
+}

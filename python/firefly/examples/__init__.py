@@ -1,0 +1,1 @@
+"""Small, complete programs: read them top to bottom, then change them."""

@@ -1,0 +1,843 @@
+//! Matching: which message belongs to which operation, whatever order ranks issue and links
+//! deliver in.
+//!
+//! * A part of a collective up to [`EAGER_BYTES`] is sent at once and kept by a receiver that is
+//!   not there yet. A larger one waits for the receiver's Clear, which it sends as soon as its
+//!   memory is posted. So a message at the head of a link never blocks those behind it.
+//! * Point-to-point messages match by (sender, tag) in issue order, apart from collectives; small
+//!   ones are sent at once (at most [`EAGER_CREDIT`] unmatched ones per peer), others are offered.
+//! * Every message of a collective carries the operation's [`Descriptor`]; it is compared with
+//!   what this rank issued, or will issue, at that place of the sequence.
+
+use crate::ReduceError;
+use crate::header::{Descriptor, Header, MessageKind};
+use crate::link::{Completion, Link, LinkError};
+use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+/// Largest message sent without asking.
+pub(crate) const EAGER_BYTES: usize = 16 << 10;
+/// Eager point-to-point messages to one peer that may wait for their receives.
+const EAGER_CREDIT: u32 = 64;
+/// Bytes kept for parts of collectives that this rank has not reached; beyond, the link waits.
+const UNEXPECTED_BYTES: usize = 64 << 20;
+/// Own descriptors remembered for messages that come late.
+const HISTORY: usize = 1024;
+/// How long a failing group holds its links for its notice to leave.
+const FLUSH_FAILURE: Duration = Duration::from_millis(20);
+/// Longest failure text taken from a peer.
+const NOTICE_BYTES: usize = 4096;
+
+/// What happened to a transfer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Event {
+    /// This rank's part for `peer` has left its memory.
+    Sent { sequence: u64 },
+    /// `peer`'s part has arrived in the posted memory; `extra` is from its header.
+    Received { sequence: u64, peer: u32, part: u32, extra: u64 },
+    /// A point-to-point send is done.
+    P2pSent { id: u64 },
+    /// A point-to-point receive is done.
+    P2pReceived { id: u64, source: u32 },
+}
+
+/// How a peer stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Standing {
+    Present,
+    /// Has said that it leaves in order.
+    Left,
+    /// Its link ended without a word; what the link said.
+    Lost(String),
+}
+
+struct PendingSend {
+    ptr: *const u8,
+    len: usize,
+    descriptor: Descriptor,
+    extra: u64,
+}
+
+#[derive(Clone, Copy)]
+struct PostedRecv {
+    ptr: *mut u8,
+    len: usize,
+}
+
+struct PostedP2p {
+    id: u64,
+    peer: Option<u32>,
+    tag: u32,
+    ptr: *mut u8,
+    len: usize,
+}
+
+struct UnexpectedP2p {
+    peer: u32,
+    tag: u32,
+    send_id: u64,
+    len: usize,
+    /// The bytes of an eager message; `None`: an offer.
+    data: Option<Vec<u8>>,
+}
+
+/// What a link's token stands for.
+enum InFlight {
+    Sent { sequence: u64 },
+    P2pSent { id: u64 },
+    Control { _payload: Box<[u8]> },
+    Received { sequence: u64, part: u32, extra: u64 },
+    Kept { header: Header, data: Vec<u8> },
+    P2pReceived { id: u64 },
+    Notice { header: Header, data: Vec<u8> },
+    Nothing,
+}
+
+struct Peer {
+    link: Box<dyn Link>,
+    local: bool,
+    standing: Standing,
+    sends: HashMap<(u64, u32), PendingSend>,
+    recvs: HashMap<(u64, u32), PostedRecv>,
+    cleared: HashMap<(u64, u32), u64>,
+    kept: HashMap<(u64, u32), (Vec<u8>, u64)>,
+    kept_bytes: usize,
+    /// What the peer has said about operations that this rank has not issued yet.
+    announced: HashMap<u64, Descriptor>,
+    offered: HashMap<u64, PendingSend>,
+    landing_p2p: HashMap<u64, (u64, PostedRecv)>,
+    eager_unmatched: u32,
+    last_heard: Instant,
+    bye_seen: bool,
+}
+
+/// All links of this rank and what is under way on them.
+pub(crate) struct Wire {
+    rank: u32,
+    group: u32,
+    peers: Vec<Option<Peer>>,
+    in_flight: HashMap<(u32, u64), InFlight>,
+    next_token: u64,
+    next_send_id: u64,
+    issued: VecDeque<(u64, Descriptor)>,
+    posted_p2p: VecDeque<PostedP2p>,
+    unexpected_p2p: VecDeque<UnexpectedP2p>,
+    events: Vec<Event>,
+    completions: Vec<Completion>,
+    /// A failure that a peer reported.
+    notice: Option<ReduceError>,
+}
+
+// SAFETY: the raw pointers are memory of submitted operations, which stays valid until they are
+// complete; whoever holds the Wire is the only one to use them.
+unsafe impl Send for Wire {}
+
+fn control(kind: MessageKind, group: u32, sequence: u64, part: u32) -> Header {
+    let descriptor = Descriptor { op: 0, dtype: 0, redop: 0, root: 0, count: 0 };
+    Header { kind, group, sequence, part, descriptor, len: 0, extra: 0 }
+}
+
+impl Wire {
+    /// `links[r]` leads to rank r; whether through shared memory.
+    pub(crate) fn new(rank: u32, group: u32, links: Vec<Option<(Box<dyn Link>, bool)>>, now: Instant) -> Self {
+        let peers = links
+            .into_iter()
+            .map(|link| {
+                link.map(|(link, local)| Peer {
+                    link,
+                    local,
+                    standing: Standing::Present,
+                    sends: HashMap::new(),
+                    recvs: HashMap::new(),
+                    cleared: HashMap::new(),
+                    kept: HashMap::new(),
+                    kept_bytes: 0,
+                    announced: HashMap::new(),
+                    offered: HashMap::new(),
+                    landing_p2p: HashMap::new(),
+                    eager_unmatched: 0,
+                    last_heard: now,
+                    bye_seen: false,
+                })
+            })
+            .collect();
+        Self {
+            rank,
+            group,
+            peers,
+            in_flight: HashMap::new(),
+            next_token: 0,
+            next_send_id: 0,
+            issued: VecDeque::new(),
+            posted_p2p: VecDeque::new(),
+            unexpected_p2p: VecDeque::new(),
+            events: Vec::new(),
+            completions: Vec::new(),
+            notice: None,
+        }
+    }
+
+    /// Records what this rank issued as `sequence`; an error if a peer has said something else.
+    pub(crate) fn issue(&mut self, sequence: u64, descriptor: Descriptor) -> Result<(), ReduceError> {
+        if self.issued.len() == HISTORY {
+            self.issued.pop_front();
+        }
+        self.issued.push_back((sequence, descriptor));
+        for rank in 0..self.peers.len() {
+            let Some(peer) = &mut self.peers[rank] else { continue };
+            if let Some(theirs) = peer.announced.remove(&sequence) {
+                self.compare(sequence, &descriptor, rank as u32, &theirs)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares both sides' operation at one place of the sequence.
+    pub(crate) fn compare(
+        &self,
+        sequence: u64,
+        mine: &Descriptor,
+        peer: u32,
+        theirs: &Descriptor,
+    ) -> Result<(), ReduceError> {
+        if mine == theirs {
+            return Ok(());
+        }
+        Err(ReduceError::Mismatch {
+            detail: format!(
+                "ranks disagree about operation {sequence}: rank {} issued {mine}, rank {peer} issued {theirs}; \
+                 all ranks must issue the same collectives in the same order",
+                self.rank
+            ),
+        })
+    }
+
+    fn issued(&self, sequence: u64) -> Option<&Descriptor> {
+        let &(newest, _) = self.issued.back()?;
+        let back = newest.checked_sub(sequence)?;
+        let index = self.issued.len().checked_sub(1 + usize::try_from(back).ok()?)?;
+        self.issued.get(index).map(|(_, d)| d)
+    }
+
+    fn peer(&mut self, rank: u32) -> &mut Peer {
+        self.peers[rank as usize].as_mut().expect("operations name only other ranks of the group")
+    }
+
+    fn post(
+        &mut self,
+        rank: u32,
+        header: &Header,
+        ptr: *const u8,
+        len: usize,
+        what: InFlight,
+    ) {
+        let token = self.next_token;
+        self.next_token += 1;
+        self.in_flight.insert((rank, token), what);
+        let bytes = header.encode();
+        let peer = self.peer(rank);
+        // SAFETY: the memory is that of a submitted operation or of the InFlight entry, and stays
+        // until the completion or until the link is dropped.
+        if let Err(error) = unsafe { peer.link.post_send(token, &bytes, ptr, len) } {
+            lose(peer, error);
+        }
+    }
+
+    fn post_control(&mut self, rank: u32, header: Header) {
+        self.post(rank, &header, std::ptr::null(), 0, InFlight::Nothing);
+    }
+
+    /// Sends a part of a collective.
+    #[allow(clippy::too_many_arguments, reason = "they are the fields of one message")]
+    pub(crate) fn send(
+        &mut self,
+        peer: u32,
+        sequence: u64,
+        part: u32,
+        descriptor: Descriptor,
+        extra: u64,
+        ptr: *const u8,
+        len: usize,
+    ) {
+        let kind = if len <= EAGER_BYTES {
+            MessageKind::Eager
+        } else if let Some(expected) = self.peer(peer).cleared.remove(&(sequence, part)) {
+            if expected != len as u64 {
+                let error = self.length_mismatch(sequence, peer, len as u64, expected);
+                self.notice.get_or_insert(error);
+                return;
+            }
+            MessageKind::Data
+        } else {
+            let pending = PendingSend { ptr, len, descriptor, extra };
+            self.peer(peer).sends.insert((sequence, part), pending);
+            return;
+        };
+        let header =
+            Header { kind, group: self.group, sequence, part, descriptor, len: len as u64, extra };
+        self.post(peer, &header, ptr, len, InFlight::Sent { sequence });
+    }
+
+    /// Posts memory for a part of a collective.
+    pub(crate) fn recv(
+        &mut self,
+        peer: u32,
+        sequence: u64,
+        part: u32,
+        descriptor: Descriptor,
+        ptr: *mut u8,
+        len: usize,
+    ) {
+        let entry = self.peer(peer);
+        if let Some((data, extra)) = entry.kept.remove(&(sequence, part)) {
+            entry.kept_bytes -= data.len();
+            if data.len() != len {
+                let error = self.length_mismatch(sequence, peer, data.len() as u64, len as u64);
+                self.notice.get_or_insert(error);
+                return;
+            }
+            if len > 0 {
+                // SAFETY: ptr has len bytes by the operation's promise.
+                unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), ptr, len) };
+            }
+            self.events.push(Event::Received { sequence, peer, part, extra });
+            return;
+        }
+        entry.recvs.insert((sequence, part), PostedRecv { ptr, len });
+        if len > EAGER_BYTES {
+            let header = Header {
+                descriptor,
+                len: len as u64,
+                ..control(MessageKind::Clear, self.group, sequence, part)
+            };
+            self.post_control(peer, header);
+        }
+    }
+
+    fn length_mismatch(&self, sequence: u64, peer: u32, sent: u64, wanted: u64) -> ReduceError {
+        ReduceError::Mismatch {
+            detail: format!(
+                "ranks {} and {peer} disagree about the size of a block in operation {sequence}: one side has \
+                 {sent} bytes to send, the other expects {wanted}",
+                self.rank
+            ),
+        }
+    }
+
+    /// Starts a point-to-point send.
+    pub(crate) fn send_p2p(&mut self, id: u64, peer: u32, tag: u32, ptr: *const u8, len: usize) {
+        let send_id = self.next_send_id;
+        self.next_send_id += 1;
+        let eager = len <= EAGER_BYTES && self.peer(peer).eager_unmatched < EAGER_CREDIT;
+        let kind = if eager { MessageKind::EagerP2p } else { MessageKind::Offer };
+        let header = Header { len: len as u64, ..control(kind, self.group, send_id, tag) };
+        if eager {
+            self.peer(peer).eager_unmatched += 1;
+            self.post(peer, &header, ptr, len, InFlight::P2pSent { id });
+        } else {
+            let pending = PendingSend { ptr, len, descriptor: header.descriptor, extra: id };
+            self.peer(peer).offered.insert(send_id, pending);
+            self.post_control(peer, header);
+        }
+    }
+
+    /// Posts memory for a point-to-point message from `peer`, or from anyone.
+    pub(crate) fn recv_p2p(&mut self, id: u64, peer: Option<u32>, tag: u32, ptr: *mut u8, len: usize) {
+        let found = self
+            .unexpected_p2p
+            .iter()
+            .position(|m| m.tag == tag && peer.is_none_or(|wanted| wanted == m.peer));
+        let posted = PostedP2p { id, peer, tag, ptr, len };
+        match found.and_then(|i| self.unexpected_p2p.remove(i)) {
+            Some(message) => self.match_p2p(posted, message),
+            None => self.posted_p2p.push_back(posted),
+        }
+    }
+
+    /// Takes back a receive that nothing has matched yet; false if it is under way.
+    pub(crate) fn cancel_p2p(&mut self, id: u64) -> bool {
+        let before = self.posted_p2p.len();
+        self.posted_p2p.retain(|posted| posted.id != id);
+        self.posted_p2p.len() != before
+    }
+
+    fn match_p2p(&mut self, posted: PostedP2p, message: UnexpectedP2p) {
+        if posted.len != message.len {
+            self.notice.get_or_insert(ReduceError::Mismatch {
+                detail: format!(
+                    "rank {} receives {} bytes with tag {} from rank {}, which sent {}",
+                    self.rank, posted.len, posted.tag, message.peer, message.len
+                ),
+            });
+            return;
+        }
+        match message.data {
+            Some(data) => {
+                if posted.len > 0 {
+                    // SAFETY: ptr has len bytes by the operation's promise.
+                    unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), posted.ptr, posted.len) };
+                }
+                self.taken(message.peer, message.send_id);
+                self.events.push(Event::P2pReceived { id: posted.id, source: message.peer });
+            }
+            None => {
+                let place = PostedRecv { ptr: posted.ptr, len: posted.len };
+                self.peer(message.peer).landing_p2p.insert(message.send_id, (posted.id, place));
+                let header = control(MessageKind::ClearP2p, self.group, message.send_id, posted.tag);
+                self.post_control(message.peer, header);
+            }
+        }
+    }
+
+    fn taken(&mut self, peer: u32, send_id: u64) {
+        let header = control(MessageKind::Taken, self.group, send_id, 0);
+        self.post_control(peer, header);
+    }
+
+    fn find_posted(&mut self, peer: u32, tag: u32) -> Option<PostedP2p> {
+        let i = self
+            .posted_p2p
+            .iter()
+            .position(|p| p.tag == tag && p.peer.is_none_or(|wanted| wanted == peer))?;
+        self.posted_p2p.remove(i)
+    }
+
+    /// Says something that needs no answer to every peer that is still there.
+    pub(crate) fn tell_all(&mut self, kind: MessageKind, sequence: u64) {
+        for rank in 0..self.peers.len() as u32 {
+            if self.standing(rank) == Some(&Standing::Present) {
+                self.post_control(rank, control(kind, self.group, sequence, 0));
+            }
+        }
+    }
+
+    /// A sign of life on links that have no other means to notice a dead host.
+    pub(crate) fn heartbeat(&mut self) {
+        for rank in 0..self.peers.len() as u32 {
+            if self.peers[rank as usize].as_ref().is_some_and(|p| !p.local && p.standing == Standing::Present) {
+                self.post_control(rank, control(MessageKind::Heartbeat, self.group, 0, 0));
+            }
+        }
+    }
+
+    /// "I wait for you in operation `sequence`."
+    pub(crate) fn probe(&mut self, rank: u32, sequence: u64, descriptor: Descriptor) {
+        if self.standing(rank) == Some(&Standing::Present) {
+            let header = Header { descriptor, ..control(MessageKind::Probe, self.group, sequence, 0) };
+            self.post_control(rank, header);
+        }
+    }
+
+    /// Tells remote peers why this rank's group is broken. Best effort.
+    pub(crate) fn tell_failure(&mut self, error: &ReduceError, dead: u32) {
+        let text = error.to_string();
+        let text: Box<[u8]> = text.as_bytes()[..text.len().min(NOTICE_BYTES)].into();
+        for rank in 0..self.peers.len() as u32 {
+            if self.peers[rank as usize].as_ref().is_none_or(|p| p.local || p.standing != Standing::Present) {
+                continue;
+            }
+            let payload = text.clone();
+            let header = Header {
+                len: payload.len() as u64,
+                extra: u64::from(error.code()) | u64::from(dead) << 32,
+                ..control(MessageKind::Failed, self.group, 0, 0)
+            };
+            let (ptr, len) = (payload.as_ptr(), payload.len());
+            self.post(rank, &header, ptr, len, InFlight::Control { _payload: payload });
+        }
+    }
+
+    /// Tries briefly to get the failure's notice out, before the links go.
+    pub(crate) fn flush_failure(&mut self) {
+        let until = Instant::now() + FLUSH_FAILURE;
+        let mut completions = Vec::new();
+        while Instant::now() < until {
+            for (rank, peer) in self.peers.iter_mut().enumerate() {
+                if let Some(peer) = peer
+                    && !peer.local
+                    && peer.link.progress(&mut completions).is_err()
+                {
+                    // Its notice cannot arrive any more.
+                    self.in_flight.retain(|(r, _), _| *r as usize != rank);
+                }
+                for completion in completions.drain(..) {
+                    let (Completion::Sent { token } | Completion::Received { token }) = completion;
+                    self.in_flight.remove(&(rank as u32, token));
+                }
+            }
+            if !self.in_flight.values().any(|f| matches!(f, InFlight::Control { .. })) {
+                return;
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// How `rank` stands; `None` for this rank itself.
+    pub(crate) fn standing(&self, rank: u32) -> Option<&Standing> {
+        self.peers[rank as usize].as_ref().map(|p| &p.standing)
+    }
+
+    /// Ranks whose host has been silent since before `limit`.
+    pub(crate) fn silent_since(&self, limit: Instant) -> Option<u32> {
+        (0..self.peers.len() as u32).find(|&r| {
+            self.peers[r as usize]
+                .as_ref()
+                .is_some_and(|p| !p.local && p.standing == Standing::Present && p.last_heard < limit)
+        })
+    }
+
+    /// Whether every peer that needs it has confirmed this rank's Bye.
+    pub(crate) fn bye_confirmed(&self) -> bool {
+        self.peers.iter().flatten().all(|p| p.local || p.bye_seen || p.standing != Standing::Present)
+    }
+
+    /// Whether everything posted has left.
+    pub(crate) fn flushed(&self) -> bool {
+        self.in_flight.is_empty()
+    }
+
+    /// Marks a peer that was seen dead or leaving by other means.
+    pub(crate) fn mark(&mut self, rank: u32, standing: Standing) {
+        if let Some(peer) = &mut self.peers[rank as usize]
+            && peer.standing == Standing::Present
+        {
+            peer.standing = standing;
+        }
+    }
+
+    /// Moves what can be moved. `Err` is a failure of the whole group; lost peers are a matter of
+    /// [`Wire::standing`], because what they had sent before may still complete operations.
+    pub(crate) fn progress(&mut self, now: Instant) -> Result<bool, ReduceError> {
+        let mut moved = false;
+        for rank in 0..self.peers.len() as u32 {
+            moved |= self.progress_peer(rank, now)?;
+        }
+        match self.notice.take() {
+            Some(error) => Err(error),
+            None => Ok(moved),
+        }
+    }
+
+    fn progress_peer(&mut self, rank: u32, now: Instant) -> Result<bool, ReduceError> {
+        let mut moved = false;
+        loop {
+            let mut again = false;
+            let Some(peer) = &mut self.peers[rank as usize] else { return Ok(false) };
+            if matches!(peer.standing, Standing::Lost(_)) {
+                return Ok(moved);
+            }
+            let mut completions = std::mem::take(&mut self.completions);
+            match peer.link.progress(&mut completions) {
+                Ok(any) => again |= any,
+                Err(error) => lose(peer, error),
+            }
+            if again {
+                peer.last_heard = now;
+            }
+            for completion in completions.drain(..) {
+                self.complete(rank, completion)?;
+            }
+            self.completions = completions;
+            let peer = self.peer(rank);
+            if peer.kept_bytes <= UNEXPECTED_BYTES {
+                match peer.link.peek() {
+                    Ok(Some(incoming)) => {
+                        again = true;
+                        let header = Header::decode(&incoming.header);
+                        let Some(header) = header.filter(|h| h.group == self.group) else {
+                            return Err(ReduceError::protocol(format!(
+                                "rank {rank} sent a message that is not one of this group and version"
+                            )));
+                        };
+                        self.arrive(rank, header, incoming.len)?;
+                    }
+                    Ok(None) => {}
+                    Err(error) => lose(peer, error),
+                }
+            }
+            if !again {
+                return Ok(moved);
+            }
+            moved = true;
+        }
+    }
+
+    /// Decides where a message's payload lands.
+    fn arrive(&mut self, rank: u32, header: Header, payload: usize) -> Result<(), ReduceError> {
+        let key = (header.sequence, header.part);
+        let carries = matches!(
+            header.kind,
+            MessageKind::Eager
+                | MessageKind::Data
+                | MessageKind::EagerP2p
+                | MessageKind::DataP2p
+                | MessageKind::Failed
+        );
+        let bounded = match header.kind {
+            MessageKind::Eager | MessageKind::EagerP2p => payload <= EAGER_BYTES,
+            MessageKind::Failed => payload <= NOTICE_BYTES,
+            _ => true,
+        };
+        if !bounded || payload as u64 != if carries { header.len } else { 0 } {
+            return Err(ReduceError::protocol(format!(
+                "rank {rank} sent a {:?} message of {payload} bytes that announces {}",
+                header.kind, header.len
+            )));
+        }
+        if matches!(
+            header.kind,
+            MessageKind::Eager | MessageKind::Data | MessageKind::Clear | MessageKind::Probe
+        ) {
+            self.check(rank, &header)?;
+        }
+        let (what, ptr) = match header.kind {
+            MessageKind::Eager | MessageKind::Data => match self.peer(rank).recvs.remove(&key) {
+                Some(posted) if posted.len != payload => {
+                    return Err(self.length_mismatch(header.sequence, rank, payload as u64, posted.len as u64));
+                }
+                Some(posted) => (
+                    InFlight::Received { sequence: header.sequence, part: header.part, extra: header.extra },
+                    posted.ptr,
+                ),
+                None if header.kind == MessageKind::Eager => keep(header, payload),
+                None => {
+                    return Err(ReduceError::protocol(format!("rank {rank} sent data that nobody asked for")));
+                }
+            },
+            MessageKind::EagerP2p => match self.find_posted(rank, header.part) {
+                Some(posted) if posted.len == payload => {
+                    self.taken(rank, header.sequence);
+                    (InFlight::P2pReceived { id: posted.id }, posted.ptr)
+                }
+                Some(posted) => {
+                    let message = UnexpectedP2p {
+                        peer: rank,
+                        tag: header.part,
+                        send_id: header.sequence,
+                        len: payload,
+                        data: None,
+                    };
+                    self.match_p2p(posted, message);
+                    return Ok(());
+                }
+                None => keep(header, payload),
+            },
+            MessageKind::DataP2p => match self.peer(rank).landing_p2p.remove(&header.sequence) {
+                Some((id, place)) if place.len == payload => (InFlight::P2pReceived { id }, place.ptr),
+                _ => {
+                    return Err(ReduceError::protocol(format!("rank {rank} sent data that nobody asked for")));
+                }
+            },
+            MessageKind::Failed => {
+                let mut data = vec![0; payload];
+                let ptr = data.as_mut_ptr();
+                (InFlight::Notice { header, data }, ptr)
+            }
+            MessageKind::Clear => {
+                match self.peer(rank).sends.remove(&key) {
+                    Some(send) if send.len as u64 != header.len => {
+                        return Err(self.length_mismatch(header.sequence, rank, send.len as u64, header.len));
+                    }
+                    Some(send) => {
+                        let data = Header {
+                            kind: MessageKind::Data,
+                            descriptor: send.descriptor,
+                            extra: send.extra,
+                            ..header
+                        };
+                        let what = InFlight::Sent { sequence: header.sequence };
+                        self.post(rank, &data, send.ptr, send.len, what);
+                    }
+                    None => {
+                        self.peer(rank).cleared.insert(key, header.len);
+                    }
+                }
+                (InFlight::Nothing, std::ptr::null_mut())
+            }
+            MessageKind::Offer => {
+                let message = UnexpectedP2p {
+                    peer: rank,
+                    tag: header.part,
+                    send_id: header.sequence,
+                    len: usize::try_from(header.len).unwrap_or(usize::MAX),
+                    data: None,
+                };
+                match self.find_posted(rank, header.part) {
+                    Some(posted) => self.match_p2p(posted, message),
+                    None => self.unexpected_p2p.push_back(message),
+                }
+                (InFlight::Nothing, std::ptr::null_mut())
+            }
+            MessageKind::ClearP2p => {
+                let Some(send) = self.peer(rank).offered.remove(&header.sequence) else {
+                    return Err(ReduceError::protocol(format!("rank {rank} asked for data that was not offered")));
+                };
+                let data = Header {
+                    len: send.len as u64,
+                    ..control(MessageKind::DataP2p, self.group, header.sequence, header.part)
+                };
+                self.post(rank, &data, send.ptr, send.len, InFlight::P2pSent { id: send.extra });
+                (InFlight::Nothing, std::ptr::null_mut())
+            }
+            MessageKind::Taken => {
+                let peer = self.peer(rank);
+                peer.eager_unmatched = peer.eager_unmatched.saturating_sub(1);
+                (InFlight::Nothing, std::ptr::null_mut())
+            }
+            MessageKind::Bye => {
+                self.post_control(rank, control(MessageKind::ByeSeen, self.group, 0, 0));
+                self.mark(rank, Standing::Left);
+                (InFlight::Nothing, std::ptr::null_mut())
+            }
+            MessageKind::ByeSeen => {
+                self.peer(rank).bye_seen = true;
+                (InFlight::Nothing, std::ptr::null_mut())
+            }
+            MessageKind::Heartbeat | MessageKind::Probe => (InFlight::Nothing, std::ptr::null_mut()),
+        };
+        let token = self.next_token;
+        self.next_token += 1;
+        self.in_flight.insert((rank, token), what);
+        let peer = self.peer(rank);
+        // SAFETY: ptr is memory of a submitted operation or of the InFlight entry (a Vec's heap
+        // block, which does not move), with `payload` bytes; it stays until the completion or
+        // until the link is dropped.
+        if let Err(error) = unsafe { peer.link.post_recv(token, ptr, payload) } {
+            lose(peer, error);
+        }
+        Ok(())
+    }
+
+    /// Compares a peer's operation with this rank's, now or when this rank gets there.
+    fn check(&mut self, rank: u32, header: &Header) -> Result<(), ReduceError> {
+        match self.issued(header.sequence) {
+            Some(mine) => self.compare(header.sequence, mine, rank, &header.descriptor),
+            None => {
+                let newest = self.issued.back().map_or(0, |(s, _)| *s);
+                if header.sequence > newest {
+                    let peer = self.peer(rank);
+                    if peer.announced.len() < HISTORY {
+                        peer.announced.insert(header.sequence, header.descriptor);
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn complete(&mut self, rank: u32, completion: Completion) -> Result<(), ReduceError> {
+        let (Completion::Sent { token } | Completion::Received { token }) = completion;
+        let Some(what) = self.in_flight.remove(&(rank, token)) else { return Ok(()) };
+        match what {
+            InFlight::Sent { sequence } => self.events.push(Event::Sent { sequence }),
+            InFlight::P2pSent { id } => self.events.push(Event::P2pSent { id }),
+            InFlight::Received { sequence, part, extra } => {
+                self.events.push(Event::Received { sequence, peer: rank, part, extra });
+            }
+            InFlight::P2pReceived { id } => self.events.push(Event::P2pReceived { id, source: rank }),
+            InFlight::Kept { header, data } if header.kind == MessageKind::EagerP2p => {
+                let message = UnexpectedP2p {
+                    peer: rank,
+                    tag: header.part,
+                    send_id: header.sequence,
+                    len: data.len(),
+                    data: Some(data),
+                };
+                // A receive may have been posted while the bytes came in.
+                match self.find_posted(rank, header.part) {
+                    Some(posted) => self.match_p2p(posted, message),
+                    None => self.unexpected_p2p.push_back(message),
+                }
+            }
+            InFlight::Kept { header, data } => {
+                let key = (header.sequence, header.part);
+                let peer = self.peer(rank);
+                let posted = peer.recvs.remove(&key);
+                peer.kept_bytes += data.len();
+                peer.kept.insert(key, (data, header.extra));
+                if let Some(posted) = posted {
+                    self.recv(rank, key.0, key.1, header.descriptor, posted.ptr, posted.len);
+                }
+            }
+            InFlight::Notice { header, data } => {
+                let text = String::from_utf8_lossy(&data);
+                let error = ReduceError::from_notice(
+                    header.extra as u32,
+                    (header.extra >> 32) as u32,
+                    rank,
+                    &text,
+                );
+                self.notice.get_or_insert(error);
+            }
+            InFlight::Control { .. } | InFlight::Nothing => {}
+        }
+        Ok(())
+    }
+
+    /// This rank.
+    pub(crate) fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    /// Peers that have not taken or not sent their part of a collective.
+    pub(crate) fn waiting_for(&self, sequence: u64) -> Vec<u32> {
+        let under_way = |rank: u32| {
+            self.in_flight.iter().any(|((r, _), what)| {
+                *r == rank
+                    && match what {
+                        InFlight::Sent { sequence: s } | InFlight::Received { sequence: s, .. } => *s == sequence,
+                        _ => false,
+                    }
+            })
+        };
+        (0..self.peers.len() as u32)
+            .filter(|&rank| {
+                self.peers[rank as usize].as_ref().is_some_and(|p| {
+                    p.recvs.keys().any(|k| k.0 == sequence)
+                        || p.sends.keys().any(|k| k.0 == sequence)
+                        || under_way(rank)
+                })
+            })
+            .collect()
+    }
+
+    /// What happened since the last call.
+    pub(crate) fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Descriptors to poll: (descriptor, wants writing).
+    pub(crate) fn poll_fds(&self) -> impl Iterator<Item = (std::os::fd::RawFd, bool)> + '_ {
+        self.peers
+            .iter()
+            .flatten()
+            .filter(|p| !matches!(p.standing, Standing::Lost(_)))
+            .filter_map(|p| p.link.poll_fd())
+    }
+
+    /// (sent, received) through shared memory rings, (sent, received) through the network.
+    pub(crate) fn bytes(&self) -> ((u64, u64), (u64, u64)) {
+        let mut sums = ((0, 0), (0, 0));
+        for peer in self.peers.iter().flatten() {
+            let sum = if peer.local { &mut sums.0 } else { &mut sums.1 };
+            sum.0 += peer.link.bytes_sent();
+            sum.1 += peer.link.bytes_received();
+        }
+        sums
+    }
+}
+
+fn lose(peer: &mut Peer, error: LinkError) {
+    let what = match error {
+        LinkError::Closed(what) | LinkError::Protocol(what) => what,
+    };
+    if peer.standing == Standing::Present {
+        peer.standing = Standing::Lost(what);
+    }
+}
+
+fn keep(header: Header, payload: usize) -> (InFlight, *mut u8) {
+    let mut data = vec![0; payload];
+    let ptr = data.as_mut_ptr();
+    (InFlight::Kept { header, data }, ptr)
+}

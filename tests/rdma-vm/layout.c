@@ -1,0 +1,39 @@
+/* Prints sizes and offsets of the installed <infiniband/verbs.h>; net's layout test compares its own
+ * declarations (net/src/link/verbs/ffi.rs) with these lines. */
+#include <infiniband/verbs.h>
+#include <stddef.h>
+#include <stdio.h>
+
+#define SIZE(s) printf(#s " size %zu\n", sizeof(struct s))
+#define AT(s, f) printf(#s " " #f " %zu\n", offsetof(struct s, f))
+#define AS(s, f, name) printf(#s " " name " %zu\n", offsetof(struct s, f))
+
+int main(void)
+{
+	AT(ibv_context, ops.poll_cq); AT(ibv_context, ops.req_notify_cq);
+	AT(ibv_context, ops.post_send); AT(ibv_context, ops.post_recv);
+	SIZE(ibv_mr); AT(ibv_mr, lkey); AT(ibv_mr, rkey);
+	SIZE(ibv_comp_channel); AT(ibv_comp_channel, fd);
+	AT(ibv_cq, channel); AT(ibv_cq, cqe);
+	AT(ibv_qp, qp_num);
+	SIZE(ibv_wc); AT(ibv_wc, wr_id); AT(ibv_wc, status); AT(ibv_wc, opcode); AT(ibv_wc, byte_len);
+	AT(ibv_wc, qp_num);
+	SIZE(ibv_sge); AT(ibv_sge, addr); AT(ibv_sge, length); AT(ibv_sge, lkey);
+	SIZE(ibv_send_wr); AT(ibv_send_wr, sg_list); AT(ibv_send_wr, num_sge); AT(ibv_send_wr, opcode);
+	AT(ibv_send_wr, send_flags); AS(ibv_send_wr, wr.rdma.remote_addr, "remote_addr");
+	AS(ibv_send_wr, wr.rdma.rkey, "rkey");
+	SIZE(ibv_recv_wr); AT(ibv_recv_wr, sg_list); AT(ibv_recv_wr, num_sge);
+	SIZE(ibv_qp_init_attr); AT(ibv_qp_init_attr, send_cq); AT(ibv_qp_init_attr, recv_cq);
+	AT(ibv_qp_init_attr, cap); AT(ibv_qp_init_attr, qp_type); AT(ibv_qp_init_attr, sq_sig_all);
+	SIZE(ibv_global_route); AT(ibv_global_route, dgid); AT(ibv_global_route, flow_label);
+	AT(ibv_global_route, sgid_index); AT(ibv_global_route, hop_limit);
+	SIZE(ibv_ah_attr); AT(ibv_ah_attr, grh); AT(ibv_ah_attr, is_global); AT(ibv_ah_attr, port_num);
+	SIZE(ibv_qp_attr); AT(ibv_qp_attr, path_mtu); AT(ibv_qp_attr, rq_psn); AT(ibv_qp_attr, dest_qp_num);
+	AT(ibv_qp_attr, qp_access_flags); AT(ibv_qp_attr, ah_attr); AT(ibv_qp_attr, pkey_index);
+	AT(ibv_qp_attr, max_rd_atomic); AT(ibv_qp_attr, max_dest_rd_atomic); AT(ibv_qp_attr, min_rnr_timer);
+	AT(ibv_qp_attr, port_num); AT(ibv_qp_attr, timeout); AT(ibv_qp_attr, rnr_retry);
+	AT(ibv_qp_attr, rate_limit);
+	AT(ibv_port_attr, active_mtu); AT(ibv_port_attr, gid_tbl_len); AT(ibv_port_attr, link_layer);
+	AT(ibv_port_attr, port_cap_flags2);
+	return 0;
+}
