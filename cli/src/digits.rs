@@ -40,7 +40,10 @@ impl Sample {
         let mut pixels = [0; PIXELS];
         pixels.copy_from_slice(&bytes[..PIXELS]);
         let label = bytes[PIXELS];
-        ensure!(pixels.iter().all(|&p| p <= 16) && usize::from(label) < CLASSES, "not a digit: a value is out of range");
+        ensure!(
+            pixels.iter().all(|&p| p <= 16) && usize::from(label) < CLASSES,
+            "not a digit: a value is out of range"
+        );
         Ok(Self { pixels, label })
     }
 
@@ -63,7 +66,9 @@ pub fn parse_csv_gz(path: &Path) -> Result<Vec<Sample>> {
     for (number, line) in text.lines().enumerate() {
         let bytes = line
             .split(',')
-            .map(|field| field.trim().parse::<f32>().ok().filter(|v| (0.0..=16.0).contains(v)).map(|v| v as u8))
+            .map(|field| {
+                field.trim().parse::<f32>().ok().filter(|v| (0.0..=16.0).contains(v)).map(|v| v as u8)
+            })
             .collect::<Option<Vec<u8>>>()
             .with_context(|| format!("{} line {}: not numbers from 0 to 16", path.display(), number + 1))?;
         samples.push(

@@ -97,7 +97,10 @@ impl LocalCluster {
             );
         }
         if self.state.exists() && fs::read_dir(&self.state)?.next().is_some() {
-            bail!("{} is not empty and holds no cluster: choose another folder with --state", self.state.display());
+            bail!(
+                "{} is not empty and holds no cluster: choose another folder with --state",
+                self.state.display()
+            );
         }
         let mut ports = Ports::reserve(shape)?;
         fs::create_dir_all(&self.state).with_context(|| format!("cannot make {}", self.state.display()))?;
@@ -117,7 +120,10 @@ impl LocalCluster {
         let base = || NodeConfig::new(&cluster_id, &self.state.join("secret"));
 
         let mut configs = vec![
-            ("manager".to_owned(), base().with_manager(&self.state.join("manager"), manager, &storage_nodes, shape.replication)),
+            (
+                "manager".to_owned(),
+                base().with_manager(&self.state.join("manager"), manager, &storage_nodes, shape.replication),
+            ),
             ("meta".to_owned(), base().with_meta(&self.state.join("meta"), META_NODE, meta, manager)),
         ];
         for node in storage_nodes {
@@ -125,7 +131,8 @@ impl LocalCluster {
             let dir = self.state.join(&name);
             configs.push((name, base().with_storage(&dir, node, ports.next(), manager)));
         }
-        configs.push(("scheduler".to_owned(), base().with_scheduler(&self.state.join("scheduler"), scheduler)));
+        configs
+            .push(("scheduler".to_owned(), base().with_scheduler(&self.state.join("scheduler"), scheduler)));
         for node in 1..=shape.agents {
             let name = format!("agent-{node}");
             let dir = self.state.join(&name);
@@ -134,11 +141,8 @@ impl LocalCluster {
         for (name, config) in &configs {
             fs::write(self.config_path(name), toml::to_string_pretty(config)?)?;
         }
-        let description = ClusterDescription {
-            cluster_id,
-            manager: manager.to_string(),
-            scheduler: scheduler.to_string(),
-        };
+        let description =
+            ClusterDescription { cluster_id, manager: manager.to_string(), scheduler: scheduler.to_string() };
         // Last: its presence says that the layout is complete.
         fs::write(self.state.join("cluster.toml"), toml::to_string_pretty(&description)?)?;
         Ok(())
@@ -160,7 +164,9 @@ impl LocalCluster {
         let dir = self.state.join("conf");
         let mut names: Vec<String> = fs::read_dir(&dir)
             .with_context(|| format!("no cluster in {}: start one with `ff up`", self.state.display()))?
-            .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.strip_suffix(".toml").map(str::to_owned))
+            .filter_map(|entry| {
+                entry.ok()?.file_name().into_string().ok()?.strip_suffix(".toml").map(str::to_owned)
+            })
             .filter(|name| rank(name).is_some())
             .collect();
         names.sort_by_key(|name| (rank(name), name.clone()));
@@ -221,7 +227,11 @@ impl LocalCluster {
                 );
             }
             if started.elapsed() > READY_WITHIN {
-                bail!("{name} does not answer after {} s; see {}", READY_WITHIN.as_secs(), log_path.display());
+                bail!(
+                    "{name} does not answer after {} s; see {}",
+                    READY_WITHIN.as_secs(),
+                    log_path.display()
+                );
             }
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -282,7 +292,9 @@ impl Ports {
         for i in 0..count {
             let port = match shape.port_base {
                 0 => 0,
-                base => base.checked_add(i).with_context(|| format!("--port-base {base} leaves no room for {count} ports"))?,
+                base => base
+                    .checked_add(i)
+                    .with_context(|| format!("--port-base {base} leaves no room for {count} ports"))?,
             };
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|error| {
                 anyhow::anyhow!(

@@ -92,13 +92,12 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         command => {
             tracing_subscriber::fmt()
-                .with_env_filter(
-                    tracing_subscriber::EnvFilter::try_from_env("FIREFLY_LOG")
-                        .unwrap_or_else(|_| match command {
-                            Command::Serve(_) => "info".into(),
-                            _ => "warn".into(),
-                        }),
-                )
+                .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("FIREFLY_LOG").unwrap_or_else(
+                    |_| match command {
+                        Command::Serve(_) => "info".into(),
+                        _ => "warn".into(),
+                    },
+                ))
                 .with_writer(std::io::stderr)
                 .init();
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

@@ -110,7 +110,9 @@ pub struct MountEntry {
 
 /// The fs3 mounts that this process can see.
 pub fn mounts() -> Result<Vec<MountEntry>> {
-    Ok(parse_mountinfo(&fs::read_to_string("/proc/self/mountinfo").context("cannot read the table of mounts")?))
+    Ok(parse_mountinfo(
+        &fs::read_to_string("/proc/self/mountinfo").context("cannot read the table of mounts")?,
+    ))
 }
 
 /// Lines as proc(5) describes them: optional fields end at a lone `-`; the mount point has spaces
@@ -120,10 +122,9 @@ fn parse_mountinfo(text: &str) -> Vec<MountEntry> {
         let (left, right) = line.split_once(" - ")?;
         let mountpoint = left.split(' ').nth(4)?;
         let source = right.split(' ').nth(1)?;
-        source.starts_with(SOURCE_PREFIX).then(|| MountEntry {
-            mountpoint: PathBuf::from(unescape(mountpoint)),
-            source: unescape(source),
-        })
+        source
+            .starts_with(SOURCE_PREFIX)
+            .then(|| MountEntry { mountpoint: PathBuf::from(unescape(mountpoint)), source: unescape(source) })
     };
     text.lines().filter_map(parse).collect()
 }
@@ -190,8 +191,9 @@ pub const STATS_XATTR: &str = "user.firefly.stats";
 /// Reads the counters of the mount at `mountpoint`.
 pub fn stats(mountpoint: &Path) -> Result<MountStats> {
     let mut value = vec![0u8; 64 << 10];
-    let length = rustix::fs::getxattr(mountpoint, STATS_XATTR, &mut value)
-        .with_context(|| format!("{} does not tell its counters: is it an fs3 mount?", mountpoint.display()))?;
+    let length = rustix::fs::getxattr(mountpoint, STATS_XATTR, &mut value).with_context(|| {
+        format!("{} does not tell its counters: is it an fs3 mount?", mountpoint.display())
+    })?;
     serde_json::from_slice(&value[..length]).context("the mount's counters are malformed")
 }
 
@@ -226,9 +228,6 @@ mod tests {
                     90 22 0:50 / /mnt/a\\040b rw,nosuid shared:7 master:2 - fuse fs3:feed rw,user_id=0\n\
                     91 22 0:51 / /mnt/c rw - fuse.sshfs host:/x rw\n";
         let found = parse_mountinfo(text);
-        assert_eq!(
-            found,
-            [MountEntry { mountpoint: PathBuf::from("/mnt/a b"), source: "fs3:feed".into() }]
-        );
+        assert_eq!(found, [MountEntry { mountpoint: PathBuf::from("/mnt/a b"), source: "fs3:feed".into() }]);
     }
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 /// Weights and one bias for each class.
 const PARAMETERS: usize = CLASSES * (PIXELS + 1);
-const LEARNING_RATE: f32 = 0.3;
+const LEARNING_RATE: f32 = 2.0;
 const MOMENTUM: f32 = 0.9;
 /// Samples per step over all ranks.
 const GLOBAL_BATCH: usize = 120;
@@ -123,8 +123,10 @@ impl Model {
         ensure!(crc32c::crc32c(body).to_le_bytes() == crc, "{} is damaged", path.display());
         ensure!(&body[..8] == MAGIC, "{} is not a checkpoint of this model", path.display());
         let epoch = u32::from_le_bytes(body[8..12].try_into().expect("four bytes"));
-        let values: Vec<f32> =
-            body[12..].chunks_exact(4).map(|c| f32::from_le_bytes(c.try_into().expect("four bytes"))).collect();
+        let values: Vec<f32> = body[12..]
+            .chunks_exact(4)
+            .map(|c| f32::from_le_bytes(c.try_into().expect("four bytes")))
+            .collect();
         let (weights, velocity) = values.split_at(PARAMETERS);
         Ok(Some(Self { epoch, weights: weights.to_vec(), velocity: velocity.to_vec() }))
     }
@@ -277,7 +279,7 @@ mod tests {
         model.accumulate(sample, &mut gradient);
         for i in [0, 3, 64, 200, PARAMETERS - 1] {
             let h = 1e-2;
-            let mut at = |delta: f32| {
+            let at = |delta: f32| {
                 let mut moved = model.clone();
                 moved.weights[i] += delta;
                 moved.accumulate(sample, &mut vec![0.0; PARAMETERS])

@@ -120,7 +120,13 @@ impl NodeConfig {
     }
 
     /// Adds a manager as `ff up` runs it.
-    pub fn with_manager(mut self, dir: &Path, listen: SocketAddr, storage_nodes: &[u32], replication: u32) -> Self {
+    pub fn with_manager(
+        mut self,
+        dir: &Path,
+        listen: SocketAddr,
+        storage_nodes: &[u32],
+        replication: u32,
+    ) -> Self {
         let mut settings = MgmtdSettings::new(storage_nodes.iter().copied().map(NodeId).collect());
         settings.replication = Some(replication);
         // All servers share one machine: refusing writes while one is gone would protect nothing.
@@ -155,7 +161,8 @@ impl NodeConfig {
 
     /// Adds a scheduler.
     pub fn with_scheduler(mut self, dir: &Path, listen: SocketAddr) -> Self {
-        self.scheduler = Some(SchedulerSection { data_dir: dir.to_owned(), listen, policy: Policy::default() });
+        self.scheduler =
+            Some(SchedulerSection { data_dir: dir.to_owned(), listen, policy: Policy::default() });
         self
     }
 
@@ -234,8 +241,7 @@ pub async fn run(args: &ServeArgs) -> Result<()> {
 
 /// Starts every role of `config`; returns once each serves.
 async fn start(config: NodeConfig, stop: &CancellationToken) -> Result<Vec<Ending>> {
-    let cluster: ClusterId =
-        config.cluster_id.parse().context("cluster_id is not 32 hexadecimal digits")?;
+    let cluster: ClusterId = config.cluster_id.parse().context("cluster_id is not 32 hexadecimal digits")?;
     let secret = ClusterSecret::load(&config.secret_file)?;
     let identity = |name: String| Identity { cluster, secret: secret.clone(), name };
     let mut endings: Vec<Ending> = Vec::new();

@@ -9,9 +9,10 @@ const KIND_HEADER: &str = "firefly-error-kind";
 /// As a gRPC status.
 pub fn to_status(error: &WireError) -> Status {
     let code = match error.kind {
-        ErrorKind::InvalidArgument | ErrorKind::NameTooLong | ErrorKind::NotDirectory | ErrorKind::IsDirectory => {
-            Code::InvalidArgument
-        }
+        ErrorKind::InvalidArgument
+        | ErrorKind::NameTooLong
+        | ErrorKind::NotDirectory
+        | ErrorKind::IsDirectory => Code::InvalidArgument,
         ErrorKind::NotFound | ErrorKind::NoAttribute => Code::NotFound,
         ErrorKind::AlreadyExists => Code::AlreadyExists,
         ErrorKind::PermissionDenied | ErrorKind::AccessDenied => Code::PermissionDenied,

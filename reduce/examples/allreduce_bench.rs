@@ -25,7 +25,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         if group.rank() == 0 {
             let (min, median) = (times[0], times[repeats / 2]);
             let speed = bytes as f64 / median.as_secs_f64() / 1e9;
-            println!("{:>8} KiB: median {median:>10.1?}, min {min:>10.1?}, algbw {speed:.2} GB/s", bytes >> 10);
+            println!(
+                "{:>8} KiB: median {median:>10.1?}, min {min:>10.1?}, algbw {speed:.2} GB/s",
+                bytes >> 10
+            );
         }
     }
     if group.rank() == 0 {

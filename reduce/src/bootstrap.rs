@@ -106,13 +106,17 @@ pub(crate) fn form(config: &Config, store: &dyn Store) -> Result<Parts, ReduceEr
         )));
     }
     let names = Arc::new(Names { group: config.group.clone(), rank, size });
-    let doorbell = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK)
-        .map_err(|e| ReduceError::system("eventfd", e))?;
+    let doorbell = rustix::event::eventfd(
+        0,
+        rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK,
+    )
+    .map_err(|e| ReduceError::system("eventfd", e))?;
     let group = hash64(&config.group);
     let tag = group as u32 ^ (group >> 32) as u32;
     if size == 1 {
         let wire = Wire::new(0, tag, vec![None], now);
-        let engine = Engine::new(names, wire, None, None, Vec::new(), Vec::new(), config.heartbeat_timeout, now);
+        let engine =
+            Engine::new(names, wire, None, None, Vec::new(), Vec::new(), config.heartbeat_timeout, now);
         return Ok(Parts { engine, doorbell, timeout: config.timeout });
     }
     let us = names.us();
@@ -204,7 +208,9 @@ pub(crate) fn form(config: &Config, store: &dyn Store) -> Result<Parts, ReduceEr
         }
         segment = Some(mine);
     }
-    for (peer, channel) in connect_remote(rank, tag, &cards, &card.node, &listener, &secret, deadline).map_err(&fail)? {
+    for (peer, channel) in
+        connect_remote(rank, tag, &cards, &card.node, &listener, &secret, deadline).map_err(&fail)?
+    {
         links[peer as usize] = Some((Box::new(NetLink::new(channel)), false));
     }
     let now = Instant::now();
@@ -260,6 +266,9 @@ fn read_hello(bytes: &[u8; 32], tag: u32) -> Option<u32> {
     (*bytes == hello(rank, tag)).then_some(rank)
 }
 
+/// The ranks of other nodes and the channel to each.
+type RemoteChannels = Vec<(u32, Box<dyn Channel>)>;
+
 fn connect_remote(
     rank: u32,
     tag: u32,
@@ -268,7 +277,7 @@ fn connect_remote(
     listener: &ChannelListener,
     secret: &ClusterSecret,
     deadline: Instant,
-) -> Result<Vec<(u32, Box<dyn Channel>)>, String> {
+) -> Result<RemoteChannels, String> {
     let remote = |r: &u32| cards[*r as usize].node != node;
     let mut channels = Vec::new();
     for peer in (0..rank).filter(remote) {
@@ -293,7 +302,6 @@ fn connect_remote(
     }
     Ok(channels)
 }
-
 
 #[cfg(test)]
 mod tests {

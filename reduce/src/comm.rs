@@ -132,9 +132,9 @@ impl Communicator {
     pub fn from_env() -> Result<Self, ReduceError> {
         let number = |name: &str, default: u32| match std::env::var(name) {
             Err(_) => Ok(default),
-            Ok(text) => {
-                text.parse().map_err(|_| ReduceError::invalid(format!("{name} must be a number, not {text:?}")))
-            }
+            Ok(text) => text
+                .parse()
+                .map_err(|_| ReduceError::invalid(format!("{name} must be a number, not {text:?}"))),
         };
         let mut config = Config::new(number("RANK", 0)?, number("WORLD_SIZE", 1)?);
         let or = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.into());
@@ -307,7 +307,9 @@ impl Handle {
     /// Waits for the outcome, driving progress.
     pub fn wait(&self) -> Result<(), ReduceError> {
         self.wait_until(None).unwrap_or_else(|| {
-            Err(ReduceError::invalid("the operation belongs to the parent process; a forked child cannot wait for it"))
+            Err(ReduceError::invalid(
+                "the operation belongs to the parent process; a forked child cannot wait for it",
+            ))
         })
     }
 

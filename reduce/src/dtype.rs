@@ -209,7 +209,9 @@ impl ReduceOp {
             Ok(())
         } else {
             Err(ReduceError::Unsupported {
-                detail: format!("{self} has no meaning for {dtype}; convert the elements or choose another one"),
+                detail: format!(
+                    "{self} has no meaning for {dtype}; convert the elements or choose another one"
+                ),
             })
         }
     }

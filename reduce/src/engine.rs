@@ -411,10 +411,7 @@ impl Engine {
             }
             self.finished.push((active.op, Err(error)));
         }
-        let late = self
-            .collectives
-            .iter()
-            .find(|c| now.saturating_duration_since(c.submitted) >= c.timeout);
+        let late = self.collectives.iter().find(|c| now.saturating_duration_since(c.submitted) >= c.timeout);
         let (Some(late), Some(front)) = (late, self.collectives.front()) else { return Ok(()) };
         let missing = front.body.missing(wire, self.arena.as_ref(), front.sequence);
         let named: Vec<String> = missing.iter().map(u32::to_string).collect();

@@ -180,9 +180,8 @@ impl Group {
         }
         let bytes: usize =
             request.input.iter().chain(request.output).map(|b| b.count * request.dtype.size()).sum();
-        let timeout = options
-            .timeout
-            .unwrap_or_else(|| Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed)));
+        let timeout =
+            options.timeout.unwrap_or_else(|| Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed)));
         let op = {
             let mut queue = lock(&self.queue);
             let sequence = match &plan {
@@ -198,12 +197,14 @@ impl Group {
         };
         self.counts.submitted.fetch_add(1, Ordering::Relaxed);
         let mut woken = options.wait_follows;
-        if options.inline && self.spin && bytes <= INLINE_BYTES {
-            if let Some(mut engine) = self.try_engine() {
-                self.step(&mut engine);
-                woken |= !engine.busy();
-                self.deliver(engine);
-            }
+        if options.inline
+            && self.spin
+            && bytes <= INLINE_BYTES
+            && let Some(mut engine) = self.try_engine()
+        {
+            self.step(&mut engine);
+            woken |= !engine.busy();
+            self.deliver(engine);
         }
         if !woken {
             self.wake();
@@ -418,10 +419,8 @@ impl Group {
             // between costs one needless wake-up.
             fds.push(PollFd::from_borrowed_fd(unsafe { BorrowedFd::borrow_raw(fd) }, flags));
         }
-        let timeout = Timespec {
-            tv_sec: patience.as_secs() as i64,
-            tv_nsec: i64::from(patience.subsec_nanos()),
-        };
+        let timeout =
+            Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: i64::from(patience.subsec_nanos()) };
         let _ = rustix::event::poll(&mut fds, Some(&timeout));
         if !fds[0].revents().is_empty() {
             let _ = rustix::io::read(&self.doorbell, &mut [0u8; 8]);

@@ -131,9 +131,8 @@ impl Store for Rendezvous {
 }
 
 fn resolve(address: &str) -> Result<SocketAddr, StoreError> {
-    let mut addresses = address
-        .to_socket_addrs()
-        .map_err(|e| failed(format!("{address} is no address to meet at: {e}")))?;
+    let mut addresses =
+        address.to_socket_addrs().map_err(|e| failed(format!("{address} is no address to meet at: {e}")))?;
     addresses.next().ok_or_else(|| failed(format!("{address} has no address")))
 }
 
@@ -200,9 +199,8 @@ fn talk(stream: &mut TcpStream, store: &MemoryStore, secret: &ClusterSecret) -> 
     loop {
         let mut head = [0; 15];
         stream.read_exact(&mut head)?;
-        let timeout = u64::from_le_bytes([
-            head[1], head[2], head[3], head[4], head[5], head[6], head[7], head[8],
-        ]);
+        let timeout =
+            u64::from_le_bytes([head[1], head[2], head[3], head[4], head[5], head[6], head[7], head[8]]);
         let key_len = u16::from_le_bytes([head[9], head[10]]) as usize;
         let value_len = u32::from_le_bytes([head[11], head[12], head[13], head[14]]) as usize;
         if key_len > MOST_KEY || value_len > MOST_VALUE {

@@ -120,7 +120,8 @@ impl Request<'_> {
     fn check_buffers(&self) -> Result<(), ReduceError> {
         for (what, buffers) in [("input", self.input), ("output", self.output)] {
             for buffer in buffers {
-                let fits = buffer.count.checked_mul(self.dtype.size()).is_some_and(|b| b <= isize::MAX as usize);
+                let fits =
+                    buffer.count.checked_mul(self.dtype.size()).is_some_and(|b| b <= isize::MAX as usize);
                 if !fits || (buffer.ptr.is_null() && buffer.count > 0) {
                     return Err(invalid(format!(
                         "the {what} of {} elements at {:?} is no memory",
@@ -216,7 +217,8 @@ impl Request<'_> {
                     ))
                 } else if direct(bytes, n) {
                     let to_all: Vec<_> = others().map(|r| block(r, input)).collect();
-                    let finish = Finish { dtype: self.dtype, op, count, input: input.ptr, output: output.ptr };
+                    let finish =
+                        Finish { dtype: self.dtype, op, count, input: input.ptr, output: output.ptr };
                     gather_and_reduce(to_all, others().collect(), finish)
                 } else {
                     Body::Reduce(WireReduce::new(
@@ -232,7 +234,8 @@ impl Request<'_> {
                 op.check(self.dtype)?;
                 let root = self.root(root, size)?;
                 let input = self.one("input", self.input)?;
-                let output = if me == root { self.one("output", self.output)?.ptr } else { std::ptr::null_mut() };
+                let output =
+                    if me == root { self.one("output", self.output)?.ptr } else { std::ptr::null_mut() };
                 if me == root {
                     self.equal(input, self.output[0])?;
                 }
@@ -437,7 +440,9 @@ impl Request<'_> {
 
     fn peer(&self, peer: u32, shape: Shape) -> Result<u32, ReduceError> {
         if peer == shape.rank {
-            return Err(invalid(format!("rank {peer} cannot send to or receive from itself; copy the memory")));
+            return Err(invalid(format!(
+                "rank {peer} cannot send to or receive from itself; copy the memory"
+            )));
         }
         if peer >= shape.size {
             return Err(invalid(format!("peer {peer} is no rank of a group of {}", shape.size)));

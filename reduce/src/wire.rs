@@ -139,7 +139,12 @@ fn control(kind: MessageKind, group: u32, sequence: u64, part: u32) -> Header {
 
 impl Wire {
     /// `links[r]` leads to rank r; whether through shared memory.
-    pub(crate) fn new(rank: u32, group: u32, links: Vec<Option<(Box<dyn Link>, bool)>>, now: Instant) -> Self {
+    pub(crate) fn new(
+        rank: u32,
+        group: u32,
+        links: Vec<Option<(Box<dyn Link>, bool)>>,
+        now: Instant,
+    ) -> Self {
         let peers = links
             .into_iter()
             .map(|link| {
@@ -223,14 +228,7 @@ impl Wire {
         self.peers[rank as usize].as_mut().expect("operations name only other ranks of the group")
     }
 
-    fn post(
-        &mut self,
-        rank: u32,
-        header: &Header,
-        ptr: *const u8,
-        len: usize,
-        what: InFlight,
-    ) {
+    fn post(&mut self, rank: u32, header: &Header, ptr: *const u8, len: usize, what: InFlight) {
         let token = self.next_token;
         self.next_token += 1;
         self.in_flight.insert((rank, token), what);
@@ -273,8 +271,7 @@ impl Wire {
             self.peer(peer).sends.insert((sequence, part), pending);
             return;
         };
-        let header =
-            Header { kind, group: self.group, sequence, part, descriptor, len: len as u64, extra };
+        let header = Header { kind, group: self.group, sequence, part, descriptor, len: len as u64, extra };
         self.post(peer, &header, ptr, len, InFlight::Sent { sequence });
     }
 
@@ -414,7 +411,8 @@ impl Wire {
     /// A sign of life on links that have no other means to notice a dead host.
     pub(crate) fn heartbeat(&mut self) {
         for rank in 0..self.peers.len() as u32 {
-            if self.peers[rank as usize].as_ref().is_some_and(|p| !p.local && p.standing == Standing::Present) {
+            if self.peers[rank as usize].as_ref().is_some_and(|p| !p.local && p.standing == Standing::Present)
+            {
                 self.post_control(rank, control(MessageKind::Heartbeat, self.group, 0, 0));
             }
         }
@@ -593,7 +591,12 @@ impl Wire {
         let (what, ptr) = match header.kind {
             MessageKind::Eager | MessageKind::Data => match self.peer(rank).recvs.remove(&key) {
                 Some(posted) if posted.len != payload => {
-                    return Err(self.length_mismatch(header.sequence, rank, payload as u64, posted.len as u64));
+                    return Err(self.length_mismatch(
+                        header.sequence,
+                        rank,
+                        payload as u64,
+                        posted.len as u64,
+                    ));
                 }
                 Some(posted) => (
                     InFlight::Received { sequence: header.sequence, part: header.part, extra: header.extra },
@@ -601,7 +604,9 @@ impl Wire {
                 ),
                 None if header.kind == MessageKind::Eager => keep(header, payload),
                 None => {
-                    return Err(ReduceError::protocol(format!("rank {rank} sent data that nobody asked for")));
+                    return Err(ReduceError::protocol(format!(
+                        "rank {rank} sent data that nobody asked for"
+                    )));
                 }
             },
             MessageKind::EagerP2p => match self.find_posted(rank, header.part) {
@@ -625,7 +630,9 @@ impl Wire {
             MessageKind::DataP2p => match self.peer(rank).landing_p2p.remove(&header.sequence) {
                 Some((id, place)) if place.len == payload => (InFlight::P2pReceived { id }, place.ptr),
                 _ => {
-                    return Err(ReduceError::protocol(format!("rank {rank} sent data that nobody asked for")));
+                    return Err(ReduceError::protocol(format!(
+                        "rank {rank} sent data that nobody asked for"
+                    )));
                 }
             },
             MessageKind::Failed => {
@@ -670,7 +677,9 @@ impl Wire {
             }
             MessageKind::ClearP2p => {
                 let Some(send) = self.peer(rank).offered.remove(&header.sequence) else {
-                    return Err(ReduceError::protocol(format!("rank {rank} asked for data that was not offered")));
+                    return Err(ReduceError::protocol(format!(
+                        "rank {rank} asked for data that was not offered"
+                    )));
                 };
                 let data = Header {
                     len: send.len as u64,
@@ -761,12 +770,8 @@ impl Wire {
             }
             InFlight::Notice { header, data } => {
                 let text = String::from_utf8_lossy(&data);
-                let error = ReduceError::from_notice(
-                    header.extra as u32,
-                    (header.extra >> 32) as u32,
-                    rank,
-                    &text,
-                );
+                let error =
+                    ReduceError::from_notice(header.extra as u32, (header.extra >> 32) as u32, rank, &text);
                 self.notice.get_or_insert(error);
             }
             InFlight::Control { .. } | InFlight::Nothing => {}
@@ -785,7 +790,9 @@ impl Wire {
             self.in_flight.iter().any(|((r, _), what)| {
                 *r == rank
                     && match what {
-                        InFlight::Sent { sequence: s } | InFlight::Received { sequence: s, .. } => *s == sequence,
+                        InFlight::Sent { sequence: s } | InFlight::Received { sequence: s, .. } => {
+                            *s == sequence
+                        }
                         _ => false,
                     }
             })

@@ -280,7 +280,8 @@ fn point_to_point() {
                     for tag in [8, 7] {
                         let wanted = pattern(dtype, from * 2 + tag, count);
                         let mut out = Memory::zeroed(wanted.len());
-                        run(group, Operation::Recv { peer: from, tag }, dtype, &[], &[out.buf(dtype)]).unwrap();
+                        run(group, Operation::Recv { peer: from, tag }, dtype, &[], &[out.buf(dtype)])
+                            .unwrap();
                         expect(rank, "receive", dtype, &out, &wanted);
                     }
                 }
@@ -296,7 +297,8 @@ fn point_to_point() {
             for _ in 1..n {
                 let mut out = Memory::zeroed(4);
                 let bufs = [out.buf(DType::U32)];
-                let handle = start(group, Operation::RecvAny { tag: 9 }, DType::U32, &[], &bufs, None).unwrap();
+                let handle =
+                    start(group, Operation::RecvAny { tag: 9 }, DType::U32, &[], &bufs, None).unwrap();
                 handle.wait().unwrap();
                 let source = handle.source().unwrap();
                 assert_eq!(out.bytes(), source.to_le_bytes(), "the message is its sender's");
@@ -311,7 +313,8 @@ fn point_to_point() {
 #[test]
 fn many_operations_in_flight_complete_in_order() {
     everywhere("many_operations_in_flight_complete_in_order", |rank, group| {
-        let mut inputs: Vec<Vec<f32>> = (0..200).map(|i| vec![(i + rank.rank) as f32; 1 + 37 * i as usize]).collect();
+        let mut inputs: Vec<Vec<f32>> =
+            (0..200).map(|i| vec![(i + rank.rank) as f32; 1 + 37 * i as usize]).collect();
         let pending: Vec<_> =
             inputs.iter_mut().map(|data| group.allreduce_async(data, ReduceOp::Sum).unwrap()).collect();
         for one in pending {
@@ -340,11 +343,9 @@ fn a_barrier_holds_everybody() {
 
 #[test]
 fn a_group_of_one_needs_nobody() {
-    let group = Communicator::create(
-        &firefly_reduce::Config::new(0, 1),
-        &firefly_reduce::MemoryStore::default(),
-    )
-    .unwrap();
+    let group =
+        Communicator::create(&firefly_reduce::Config::new(0, 1), &firefly_reduce::MemoryStore::default())
+            .unwrap();
     let mut data = [3.0f32, 4.0];
     group.allreduce_f32(&mut data, ReduceOp::Avg).unwrap();
     assert_eq!(data, [3.0, 4.0]);

@@ -62,7 +62,11 @@ fn promises_hold_in_every_world() {
         "targets filled",
         "chain changes",
     ] {
-        assert!(reached.get(what).is_some_and(|n| *n > 0), "{what} never happened in {} seeds", outcomes.len());
+        assert!(
+            reached.get(what).is_some_and(|n| *n > 0),
+            "{what} never happened in {} seeds",
+            outcomes.len()
+        );
     }
 }
 

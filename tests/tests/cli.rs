@@ -14,7 +14,13 @@ fn bare(args: &[&str]) -> Command {
 fn without_a_cluster_every_command_says_how_to_start_one() {
     let dir = tempfile::tempdir().unwrap();
     let state = dir.path().to_str().unwrap();
-    for args in [vec!["status"], vec!["fs", "ls", "/"], vec!["job", "ls"], vec!["node", "ls"], vec!["run", "--", "true"]] {
+    for args in [
+        vec!["status"],
+        vec!["fs", "ls", "/"],
+        vec!["job", "ls"],
+        vec!["node", "ls"],
+        vec!["run", "--", "true"],
+    ] {
         let mut all = vec!["--state", state];
         all.extend(args);
         ran(bare(&all)).fails(1, "ff up");

@@ -36,8 +36,12 @@ impl Load {
                 let length = self.rng.random_range(1..200_000);
                 let byte = self.rng.random::<u8>();
                 let data: Vec<u8> = (0..length).map(|i| byte.wrapping_add((i % 251) as u8)).collect();
-                let mut file =
-                    OpenOptions::new().create(true).truncate(false).write(true).open(&path).expect("open to write");
+                let mut file = OpenOptions::new()
+                    .create(true)
+                    .truncate(false)
+                    .write(true)
+                    .open(&path)
+                    .expect("open to write");
                 file.seek(SeekFrom::Start(offset as u64)).unwrap();
                 file.write_all(&data).expect("write");
                 file.sync_all().expect("fsync");
@@ -167,7 +171,8 @@ fn a_running_job_survives_the_scheduler_and_the_agents() {
         out = out.display()
     );
     cluster.ff(&["run", "-n", "2", "--name", "survivor", "-d", "--", "sh", "-c", &script]).ok();
-    let written = |rank: u32| std::fs::read_to_string(format!("{}.{rank}", out.display())).unwrap_or_default();
+    let written =
+        |rank: u32| std::fs::read_to_string(format!("{}.{rank}", out.display())).unwrap_or_default();
     eventually("both ranks run", || written(0) == "started\n" && written(1) == "started\n");
     for victim in ["scheduler", "agent-1", "agent-2"] {
         assert!(cluster.local.kill_role(victim).unwrap(), "{victim}");
@@ -186,8 +191,10 @@ fn a_running_job_survives_the_scheduler_and_the_agents() {
 #[test]
 fn a_killed_rank_brings_the_job_back_with_the_reason_shown() {
     let cluster = Cluster::start();
-    let script = "if [ $TORCHELASTIC_RESTART_COUNT = 0 ] && [ $RANK = 1 ]; then kill -9 $$; fi; sleep 0.2; echo fine";
-    let run = cluster.ff(&["run", "-n", "2", "--name", "phoenix", "--max-restarts", "1", "--", "sh", "-c", script]);
+    let script =
+        "if [ $TORCHELASTIC_RESTART_COUNT = 0 ] && [ $RANK = 1 ]; then kill -9 $$; fi; sleep 0.2; echo fine";
+    let run =
+        cluster.ff(&["run", "-n", "2", "--name", "phoenix", "--max-restarts", "1", "--", "sh", "-c", script]);
     assert_eq!(run.code, 0, "{run:?}");
     assert!(run.out.contains("fine"), "{run:?}");
     let shown = cluster.ff(&["job", "status", "phoenix"]).ok();

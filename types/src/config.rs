@@ -28,8 +28,7 @@ pub enum ConfigError {
 /// Loads `path` into `T`, which should carry `#[serde(deny_unknown_fields)]`.
 pub fn load<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
     let shown = || path.display().to_string();
-    let text =
-        std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: shown(), source })?;
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: shown(), source })?;
     toml::from_str(&text).map_err(|source| ConfigError::Parse { path: shown(), source: Box::new(source) })
 }
 
@@ -50,7 +49,10 @@ mod tests {
         let path = dir.path().join("node.toml");
         std::fs::write(&path, "port = 1\nprot = 2\n").unwrap();
         let message = load::<Sample>(&path).unwrap_err().to_string();
-        assert!(message.contains("node.toml") && message.contains("line 2") && message.contains("prot"), "{message}");
+        assert!(
+            message.contains("node.toml") && message.contains("line 2") && message.contains("prot"),
+            "{message}"
+        );
         assert!(load::<Sample>(&dir.path().join("absent")).unwrap_err().to_string().contains("absent"));
     }
 }

@@ -104,37 +104,34 @@ impl ErrorKind {
 
     /// Whether the same request may succeed later without anybody changing it.
     pub const fn is_retryable(self) -> bool {
-        matches!(
-            self,
-            Self::Unavailable | Self::Timeout | Self::Stale | Self::Conflict | Self::Disconnected
-        )
+        matches!(self, Self::Unavailable | Self::Timeout | Self::Stale | Self::Conflict | Self::Disconnected)
     }
 
     /// The errno (Linux numbers) that the mount returns.
     pub const fn errno(self) -> i32 {
         match self {
-            Self::Internal | Self::Corrupt => 5,                  // EIO
-            Self::InvalidArgument => 22,                          // EINVAL
-            Self::NotFound => 2,                                  // ENOENT
-            Self::AlreadyExists => 17,                            // EEXIST
-            Self::PermissionDenied => 1,                          // EPERM
-            Self::Unauthenticated | Self::AccessDenied => 13,     // EACCES
-            Self::NoSpace => 28,                                  // ENOSPC
-            Self::Unavailable | Self::Conflict => 11,             // EAGAIN
-            Self::Timeout => 110,                                 // ETIMEDOUT
-            Self::Stale => 116,                                   // ESTALE
-            Self::NotEmpty => 39,                                 // ENOTEMPTY
-            Self::NotDirectory => 20,                             // ENOTDIR
-            Self::IsDirectory => 21,                              // EISDIR
-            Self::NameTooLong => 36,                              // ENAMETOOLONG
-            Self::TooLarge => 27,                                 // EFBIG
-            Self::Loop => 40,                                     // ELOOP
-            Self::TooManyLinks => 31,                             // EMLINK
-            Self::Unsupported => 95,                              // EOPNOTSUPP
-            Self::Cancelled => 4,                                 // EINTR
-            Self::Busy => 16,                                     // EBUSY
-            Self::NoAttribute => 61,                              // ENODATA
-            Self::Disconnected => 107,                            // ENOTCONN
+            Self::Internal | Self::Corrupt => 5,              // EIO
+            Self::InvalidArgument => 22,                      // EINVAL
+            Self::NotFound => 2,                              // ENOENT
+            Self::AlreadyExists => 17,                        // EEXIST
+            Self::PermissionDenied => 1,                      // EPERM
+            Self::Unauthenticated | Self::AccessDenied => 13, // EACCES
+            Self::NoSpace => 28,                              // ENOSPC
+            Self::Unavailable | Self::Conflict => 11,         // EAGAIN
+            Self::Timeout => 110,                             // ETIMEDOUT
+            Self::Stale => 116,                               // ESTALE
+            Self::NotEmpty => 39,                             // ENOTEMPTY
+            Self::NotDirectory => 20,                         // ENOTDIR
+            Self::IsDirectory => 21,                          // EISDIR
+            Self::NameTooLong => 36,                          // ENAMETOOLONG
+            Self::TooLarge => 27,                             // EFBIG
+            Self::Loop => 40,                                 // ELOOP
+            Self::TooManyLinks => 31,                         // EMLINK
+            Self::Unsupported => 95,                          // EOPNOTSUPP
+            Self::Cancelled => 4,                             // EINTR
+            Self::Busy => 16,                                 // EBUSY
+            Self::NoAttribute => 61,                          // ENODATA
+            Self::Disconnected => 107,                        // ENOTCONN
         }
     }
 }

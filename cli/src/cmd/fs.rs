@@ -267,7 +267,9 @@ fn mode_text(inode: &Inode) -> String {
         InodeKind::File | InodeKind::Unspecified => '-',
     };
     let mut text = String::from(kind);
-    for (shift, special, with, without) in [(6, 0o4000, 's', 'S'), (3, 0o2000, 's', 'S'), (0, 0o1000, 't', 'T')] {
+    for (shift, special, with, without) in
+        [(6, 0o4000, 's', 'S'), (3, 0o2000, 's', 'S'), (0, 0o1000, 't', 'T')]
+    {
         let bits = inode.mode >> shift;
         text.push(if bits & 4 != 0 { 'r' } else { '-' });
         text.push(if bits & 2 != 0 { 'w' } else { '-' });
@@ -328,16 +330,15 @@ async fn ls(path: &str, long: bool, global: &Global) -> Result<()> {
     let mut entries = if found.kind() == InodeKind::Directory {
         fs.list(&who, path).await?
     } else {
-        let entry = Entry { name: path.into(), inode_id: found.inode_id, kind: found.kind, ..Entry::default() };
+        let entry =
+            Entry { name: path.into(), inode_id: found.inode_id, kind: found.kind, ..Entry::default() };
         vec![Entry { inode: Some(found), ..entry }]
     };
     fs.shutdown().await?;
     entries.sort_by(|a, b| a.name.cmp(&b.name));
     if global.json {
-        let all: Vec<Value> = entries
-            .iter()
-            .map(|e| inode_json(Some(&e.name), &e.inode.clone().unwrap_or_default()))
-            .collect();
+        let all: Vec<Value> =
+            entries.iter().map(|e| inode_json(Some(&e.name), &e.inode.clone().unwrap_or_default())).collect();
         return print(&json!(all));
     }
     if !long {
@@ -494,7 +495,8 @@ async fn put(paths: Vec<PathBuf>, recursive: bool, global: &Global) -> Result<()
     let mut jobs = Vec::new();
     let (_, fs) = connect(global, "put").await?;
     let who = myself()?;
-    let into = matches!(fs.stat_path(&who, text(&to)?, true).await, Ok(i) if i.kind() == InodeKind::Directory);
+    let into =
+        matches!(fs.stat_path(&who, text(&to)?, true).await, Ok(i) if i.kind() == InodeKind::Directory);
     if sources.len() > 1 && !into {
         bail!("{} is not a directory: several files cannot be copied to one name", to.display());
     }
@@ -507,7 +509,10 @@ async fn put(paths: Vec<PathBuf>, recursive: bool, global: &Global) -> Result<()
     for job in jobs.iter().filter(|j| matches!(j.kind, JobKind::Directory)) {
         fs.mkdir_all(&who, text(&job.to)?, job.mode).await?;
     }
-    let copies = jobs.iter().filter(|j| !matches!(j.kind, JobKind::Directory)).map(|job| put_one(&fs, &who, job, &bar));
+    let copies = jobs
+        .iter()
+        .filter(|j| !matches!(j.kind, JobKind::Directory))
+        .map(|job| put_one(&fs, &who, job, &bar));
     let mut copies = futures::stream::iter(copies).buffer_unordered(FILES_AT_ONCE);
     while let Some(result) = copies.next().await {
         result?;
@@ -529,7 +534,8 @@ fn local_jobs(source: &Path, to: &Path, recursive: bool, jobs: &mut Vec<Job>) ->
         let mode = found.permissions().mode() & 0o7777;
         let kind = found.file_type();
         if kind.is_dir() {
-            let listing = std::fs::read_dir(&from).with_context(|| format!("cannot list {}", from.display()))?;
+            let listing =
+                std::fs::read_dir(&from).with_context(|| format!("cannot list {}", from.display()))?;
             for entry in listing {
                 let entry = entry?;
                 stack.push((entry.path(), to.join(entry.file_name()), entry.metadata()?));
@@ -555,7 +561,8 @@ async fn put_one(fs: &Fs3, who: &Credentials, job: &Job, bar: &ProgressBar) -> R
         fs.symlink(who, parent.inode_id, name.as_bytes(), target).await?;
         return Ok(());
     }
-    let mut from = std::fs::File::open(&job.from).with_context(|| format!("cannot read {}", job.from.display()))?;
+    let mut from =
+        std::fs::File::open(&job.from).with_context(|| format!("cannot read {}", job.from.display()))?;
     let file = fs.create_path(who, to, job.mode).await?;
     let mut buffer = vec![0; COPY_BYTES.min(job.bytes as usize + 1)];
     let mut offset = 0;
@@ -591,7 +598,10 @@ async fn get(paths: Vec<PathBuf>, recursive: bool, global: &Global) -> Result<()
     for job in jobs.iter().filter(|j| matches!(j.kind, JobKind::Directory)) {
         std::fs::create_dir_all(&job.to).with_context(|| format!("cannot make {}", job.to.display()))?;
     }
-    let copies = jobs.iter().filter(|j| !matches!(j.kind, JobKind::Directory)).map(|job| get_one(&fs, &who, job, &bar));
+    let copies = jobs
+        .iter()
+        .filter(|j| !matches!(j.kind, JobKind::Directory))
+        .map(|job| get_one(&fs, &who, job, &bar));
     let mut copies = futures::stream::iter(copies).buffer_unordered(FILES_AT_ONCE);
     while let Some(result) = copies.next().await {
         result?;
@@ -625,7 +635,9 @@ async fn remote_jobs(
                 for entry in fs.list_inode(who, found.inode_id).await? {
                     let name = String::from_utf8(entry.name).map_err(|name| {
                         let name = String::from_utf8_lossy(name.as_bytes()).into_owned();
-                        anyhow::anyhow!("{from}/{name}: names that are not UTF-8 can be copied through a mount only")
+                        anyhow::anyhow!(
+                            "{from}/{name}: names that are not UTF-8 can be copied through a mount only"
+                        )
                     })?;
                     let inode = entry.inode.with_context(|| format!("{from}/{name} has no attributes"))?;
                     stack.push((join(&from, &name), to.join(&name), inode));
@@ -648,7 +660,8 @@ async fn remote_jobs(
 async fn get_one(fs: &Fs3, who: &Credentials, job: &Job, bar: &ProgressBar) -> Result<()> {
     let writing = || format!("cannot write {}", job.to.display());
     if let JobKind::Symlink(target) = &job.kind {
-        return std::os::unix::fs::symlink(std::ffi::OsStr::from_bytes(target), &job.to).with_context(writing);
+        return std::os::unix::fs::symlink(std::ffi::OsStr::from_bytes(target), &job.to)
+            .with_context(writing);
     }
     // Whole or not at all: under another name until it is complete.
     let mut part = job.to.clone().into_os_string();
@@ -722,7 +735,8 @@ fn role_name(role: NodeRole) -> &'static str {
 }
 
 fn chains(routing: &RoutingTable, as_json: bool) -> Result<()> {
-    let node_of = |target: u32| routing.targets.iter().find(|t| t.target_id == target).map_or(0, |t| t.node_id);
+    let node_of =
+        |target: u32| routing.targets.iter().find(|t| t.target_id == target).map_or(0, |t| t.node_id);
     let members = |chain: &firefly_proto::mgmtd::ChainInfo| -> Vec<(u32, u32, &'static str)> {
         chain
             .targets

@@ -136,7 +136,11 @@ pub async fn run(command: JobCommand, global: &Global) -> Result<()> {
         JobCommand::Ls { all, user } => list(&mut scheduler, all, user, global.json).await,
         JobCommand::Status { job } => {
             let job = get(&mut scheduler, &job).await?;
-            if global.json { println!("{}", to_json(&job)) } else { print_status(&job) }
+            if global.json {
+                println!("{}", to_json(&job))
+            } else {
+                print_status(&job)
+            }
             Ok(())
         }
         JobCommand::Logs { job, follow, rank, tail } => {
@@ -154,7 +158,9 @@ pub async fn run(command: JobCommand, global: &Global) -> Result<()> {
             }
             Ok(())
         }
-        JobCommand::Stop { jobs, reason, wait } => stop(&mut scheduler, jobs, reason, wait, global.json).await,
+        JobCommand::Stop { jobs, reason, wait } => {
+            stop(&mut scheduler, jobs, reason, wait, global.json).await
+        }
         JobCommand::Describe { job } => {
             let job = get(&mut scheduler, &job).await?;
             let file = JobFile::from(job.spec.clone().unwrap_or_default());
@@ -220,7 +226,12 @@ async fn get(scheduler: &mut SchedulerClient<Authenticated>, job: &str) -> Resul
     Ok(reply.map_err(|s| sentence(&s))?.into_inner())
 }
 
-async fn list(scheduler: &mut SchedulerClient<Authenticated>, all: bool, user: String, json: bool) -> Result<()> {
+async fn list(
+    scheduler: &mut SchedulerClient<Authenticated>,
+    all: bool,
+    user: String,
+    json: bool,
+) -> Result<()> {
     let reply = scheduler.list_jobs(ListJobsRequest { all, user }).await.map_err(|s| sentence(&s))?;
     let jobs = reply.into_inner().jobs;
     if json {
@@ -229,10 +240,14 @@ async fn list(scheduler: &mut SchedulerClient<Authenticated>, all: bool, user: S
         return Ok(());
     }
     if jobs.is_empty() {
-        println!("no jobs{}; start one with `ff run -- COMMAND`", if all { "" } else { " now (`--all` shows older ones)" });
+        println!(
+            "no jobs{}; start one with `ff run -- COMMAND`",
+            if all { "" } else { " now (`--all` shows older ones)" }
+        );
         return Ok(());
     }
-    let mut shown = table(&["job", "name", "state", "ranks", "priority", "user", "time", "restarts", "reason"]);
+    let mut shown =
+        table(&["job", "name", "state", "ranks", "priority", "user", "time", "restarts", "reason"]);
     for job in &jobs {
         let spec = job.spec.clone().unwrap_or_default();
         shown.add_row([
@@ -382,7 +397,10 @@ fn print_status(job: &Job) {
         println!("  reason    {}", job.reason);
     }
     println!("  command   {}", spec.command.join(" "));
-    println!("  size      {} nodes with {} ranks each, priority {}", spec.nodes, spec.ranks_per_node, spec.priority);
+    println!(
+        "  size      {} nodes with {} ranks each, priority {}",
+        spec.nodes, spec.ranks_per_node, spec.priority
+    );
     println!("  user      {} in {}", spec.user, spec.working_directory);
     println!("  restarts  {} so far, {} allowed for failures of its own", job.restarts, spec.max_restarts);
     println!("  time      {}", duration(time_of(job)));
@@ -395,7 +413,11 @@ fn print_status(job: &Job) {
     let mut attempts = table(&["attempt", "ran for", "ended by"]);
     for a in &job.attempts {
         let end = if a.ended_unix_ms == 0 { now_ms() } else { a.ended_unix_ms };
-        let ran = if a.running_unix_ms == 0 { "-".into() } else { duration(ms(end.saturating_sub(a.running_unix_ms))) };
+        let ran = if a.running_unix_ms == 0 {
+            "-".into()
+        } else {
+            duration(ms(end.saturating_sub(a.running_unix_ms)))
+        };
         attempts.add_row([a.epoch.to_string(), ran, a.end_reason.clone()]);
     }
     println!("{attempts}");
@@ -469,12 +491,17 @@ mod tests {
         let text = toml::to_string(&JobFile::from(spec.clone())).unwrap();
         let back: JobFile = toml::from_str(&text).unwrap();
         assert_eq!(JobSpec::from(back), spec);
-        assert!(toml::from_str::<JobFile>("command = [\"x\"]\nprio = 1").is_err(), "an unknown key is an error");
+        assert!(
+            toml::from_str::<JobFile>("command = [\"x\"]\nprio = 1").is_err(),
+            "an unknown key is an error"
+        );
     }
 
     #[test]
     fn durations_read_well() {
-        for (seconds, text) in [(0.25, "0.2s"), (42.0, "42s"), (61.0, "1m01s"), (7_260.0, "2h01m"), (90_000.0, "1d01h")] {
+        for (seconds, text) in
+            [(0.25, "0.2s"), (42.0, "42s"), (61.0, "1m01s"), (7_260.0, "2h01m"), (90_000.0, "1d01h")]
+        {
             assert_eq!(duration(Duration::from_secs_f64(seconds)), text);
         }
     }

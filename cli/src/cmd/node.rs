@@ -56,7 +56,8 @@ pub async fn run(command: NodeCommand, global: &Global) -> Result<()> {
         println!("no node has joined yet: an agent joins by `ff serve` with an [agent] section");
         return Ok(());
     }
-    let mut shown = table(&["node", "state", "host", "address", "slots", "cores", "memory", "gpus", "jobs", "reason"]);
+    let mut shown =
+        table(&["node", "state", "host", "address", "slots", "cores", "memory", "gpus", "jobs", "reason"]);
     for node in &nodes {
         let jobs: Vec<String> = node.jobs.iter().map(|j| JobId(*j).to_string()).collect();
         shown.add_row([

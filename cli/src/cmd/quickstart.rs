@@ -70,7 +70,11 @@ pub async fn run(args: &QuickstartArgs, global: &Global) -> Result<()> {
     };
     let mut show = Show { started: Instant::now(), colour: std::io::stdout().is_terminal() };
     let plan = Plan::check(args, &state)?;
-    show.line(&format!("Firefly quickstart{}; state in {}", if args.native { " (native)" } else { "" }, state.display()));
+    show.line(&format!(
+        "Firefly quickstart{}; state in {}",
+        if args.native { " (native)" } else { "" },
+        state.display()
+    ));
 
     let mut stage = Stage { cluster: LocalCluster::at(&state), mount: None };
     let outcome = tokio::select! {
@@ -80,7 +84,11 @@ pub async fn run(args: &QuickstartArgs, global: &Global) -> Result<()> {
     match (outcome, args.keep) {
         (Ok(()), true) => {
             show.step("left running");
-            show.line(&format!("  try:  ff --state {0} status;  ls {1};  ff --state {0} job ls", state.display(), stage.mountpoint().display()));
+            show.line(&format!(
+                "  try:  ff --state {0} status;  ls {1};  ff --state {0} job ls",
+                state.display(),
+                stage.mountpoint().display()
+            ));
             show.line(&format!("  end:  ff --state {} down", state.display()));
             if let Some(mount) = stage.mount.take() {
                 mount.leave_running();
@@ -91,7 +99,10 @@ pub async fn run(args: &QuickstartArgs, global: &Global) -> Result<()> {
             show.step("cleaning up");
             let cleaned = stage.clean_up();
             if outcome.is_ok() {
-                show.line(&format!("  stopped and unmounted; logs stay in {}", stage.cluster.logs().display()));
+                show.line(&format!(
+                    "  stopped and unmounted; logs stay in {}",
+                    stage.cluster.logs().display()
+                ));
                 show.line("  next:  ff quickstart --keep   leaves it running;   ff up   starts a cluster to work with");
             }
             outcome.and(cleaned)
@@ -113,10 +124,14 @@ impl Plan {
     /// of an earlier quickstart, and only of a quickstart.
     fn check(args: &QuickstartArgs, state: &Path) -> Result<Self> {
         if !rustix::process::geteuid().is_root() {
-            bail!("the quickstart mounts a file system and needs root: run it with sudo, or in a container of your own");
+            bail!(
+                "the quickstart mounts a file system and needs root: run it with sudo, or in a container of your own"
+            );
         }
         if !Path::new("/dev/fuse").exists() {
-            bail!("there is no /dev/fuse: load the module (modprobe fuse), or give the container the device (--device /dev/fuse)");
+            bail!(
+                "there is no /dev/fuse: load the module (modprobe fuse), or give the container the device (--device /dev/fuse)"
+            );
         }
         let ff = std::env::current_exe().context("cannot find this program's own file")?;
         let (python, digits) = if args.native {
@@ -132,7 +147,10 @@ impl Plan {
             std::fs::remove_dir_all(state)
                 .with_context(|| format!("cannot remove the earlier quickstart in {}", state.display()))?;
         } else if state.exists() && std::fs::read_dir(state)?.next().is_some() {
-            bail!("{} is in use and not by a quickstart: choose another folder with --state", state.display());
+            bail!(
+                "{} is in use and not by a quickstart: choose another folder with --state",
+                state.display()
+            );
         }
         Ok(Self { python, digits, ff })
     }
@@ -229,7 +247,10 @@ struct Figures {
 async fn play(args: &QuickstartArgs, plan: &Plan, stage: &mut Stage, show: &mut Show) -> Result<()> {
     show.step("starting the cluster, every role its own process");
     stage.cluster.create(&Shape { port_base: args.port_base, ..Shape::default() })?;
-    std::fs::write(stage.cluster.state().join("quickstart"), "made by `ff quickstart`; removed by its next run\n")?;
+    std::fs::write(
+        stage.cluster.state().join("quickstart"),
+        "made by `ff quickstart`; removed by its next run\n",
+    )?;
     stage.cluster.start(&plan.ff, |r| {
         println!("  {:<12} pid {:<8} {}", r.name, r.pid, r.address);
     })?;
@@ -314,7 +335,11 @@ async fn submit(
         name: "digits".into(),
         command,
         // Two ranks share two cores: more threads each would only get in each other's way.
-        env: [("OMP_NUM_THREADS".to_owned(), "1".to_owned()), ("PYTHONUNBUFFERED".to_owned(), "1".to_owned())].into(),
+        env: [
+            ("OMP_NUM_THREADS".to_owned(), "1".to_owned()),
+            ("PYTHONUNBUFFERED".to_owned(), "1".to_owned()),
+        ]
+        .into(),
         working_directory: "/".into(),
         nodes: RANKS,
         ranks_per_node: 1,
@@ -375,18 +400,25 @@ async fn follow(
             Act::AwaitFirstCheckpoint => {
                 let job = get_job(&mut scheduler, job_id).await?;
                 let pid = kill_rank(&job, VICTIM_RANK)?;
-                show.fault(&format!("SIGKILL to rank {VICTIM_RANK} (pid {pid}): the job must come back by itself"));
+                show.fault(&format!(
+                    "SIGKILL to rank {VICTIM_RANK} (pid {pid}): the job must come back by itself"
+                ));
                 act = Act::AwaitComeback;
             }
             Act::AwaitComeback if chunk.epoch > 1 => {
                 let job = get_job(&mut scheduler, job_id).await?;
                 figures.restart_reason =
                     job.attempts.first().map(|a| a.end_reason.clone()).unwrap_or_default();
-                show.step(&format!("the job is back as attempt {}; reason: {}", chunk.epoch, figures.restart_reason));
+                show.step(&format!(
+                    "the job is back as attempt {}; reason: {}",
+                    chunk.epoch, figures.restart_reason
+                ));
                 probe.reset();
                 server_killed_at = Some(Instant::now());
                 stage.cluster.kill_role(&format!("storage-{VICTIM_SERVER}"))?;
-                show.fault(&format!("SIGKILL to storage server n{VICTIM_SERVER}: reads and writes must go on"));
+                show.fault(&format!(
+                    "SIGKILL to storage server n{VICTIM_SERVER}: reads and writes must go on"
+                ));
                 act = Act::AwaitCheckpointWithoutServer;
             }
             Act::AwaitCheckpointWithoutServer => {
@@ -409,7 +441,9 @@ async fn follow(
                 ));
                 show.line("  degraded mode: those chains have a single copy until they have healed; losing that one too");
                 show.line("  in this time would lose data (with min_write_replicas = 2 they would refuse writes instead)");
-                show.fault(&format!("starting n{VICTIM_SERVER} again: it comes back empty and is filled from the other copies"));
+                show.fault(&format!(
+                    "starting n{VICTIM_SERVER} again: it comes back empty and is filled from the other copies"
+                ));
                 stage.cluster.start_role(&plan.ff, &format!("storage-{VICTIM_SERVER}"))?;
                 let mut manager = context.manager().await?;
                 healing = Some(tokio::spawn(async move {
@@ -425,7 +459,10 @@ async fn follow(
     if let Some(healing) = healing {
         let took = healing.await??;
         figures.healed_in = Some(took);
-        show.step(&format!("all chains are whole again, {:.1} s after the server's return", took.as_secs_f64()));
+        show.step(&format!(
+            "all chains are whole again, {:.1} s after the server's return",
+            took.as_secs_f64()
+        ));
     }
     let seen = probe.stop();
     figures.probe_operations = seen.operations;
@@ -440,7 +477,8 @@ async fn follow(
         bail!("the job ended before every fault was shown (at {act:?}): give it more --epochs");
     }
     if let Some(first) = job.attempts.first().filter(|a| a.running_unix_ms >= job.submitted_unix_ms) {
-        figures.submit_to_running = Some(Duration::from_millis(first.running_unix_ms - job.submitted_unix_ms));
+        figures.submit_to_running =
+            Some(Duration::from_millis(first.running_unix_ms - job.submitted_unix_ms));
     }
     Ok(())
 }
@@ -488,7 +526,12 @@ async fn wait_whole(manager: &mut ManagerClient<Authenticated>, within: Duration
         }
         if started.elapsed() > within {
             let health = ChainHealth::of(&table);
-            bail!("{} chains degraded and {} down after {} s: see the logs", health.degraded, health.down, within.as_secs());
+            bail!(
+                "{} chains degraded and {} down after {} s: see the logs",
+                health.degraded,
+                health.down,
+                within.as_secs()
+            );
         }
         known = table.version;
     }
@@ -505,29 +548,51 @@ async fn closing_table(
     let job = get_job(scheduler, job_id).await?;
     let io = crate::mount::stats(&stage.mountpoint())?;
     let mut rows = table(&["what", "value"]);
-    rows.add_row(["accuracy on held-out digits", &format!("{:.2} %  (wanted: at least {:.0} %)", 100.0 * result.accuracy, 100.0 * ACCURACY_WANTED)]);
+    rows.add_row([
+        "accuracy on held-out digits",
+        &format!("{:.2} %  (wanted: at least {:.0} %)", 100.0 * result.accuracy, 100.0 * ACCURACY_WANTED),
+    ]);
     rows.add_row(["training steps", &result.steps.to_string()]);
-    rows.add_row(["restarts", &match figures.restart_reason.as_str() {
-        "" => job.restarts.to_string(),
-        reason => format!("{}  ({reason})", job.restarts),
-    }]);
+    rows.add_row([
+        "restarts",
+        &match figures.restart_reason.as_str() {
+            "" => job.restarts.to_string(),
+            reason => format!("{}  ({reason})", job.restarts),
+        },
+    ]);
     if figures.fail_over.is_some() {
-        rows.add_row(["longest pause when a storage server was killed", &format!(
-            "read {:.2} s, write {:.2} s  ({} probe operations, none failed)",
-            figures.longest_read.as_secs_f64(), figures.longest_write.as_secs_f64(), figures.probe_operations)]);
+        rows.add_row([
+            "longest pause when a storage server was killed",
+            &format!(
+                "read {:.2} s, write {:.2} s  ({} probe operations, none failed)",
+                figures.longest_read.as_secs_f64(),
+                figures.longest_write.as_secs_f64(),
+                figures.probe_operations
+            ),
+        ]);
     }
     if let Some(healed) = figures.healed_in {
         rows.add_row(["healed after its return", &format!("{:.1} s", healed.as_secs_f64())]);
     }
     let size = |n| firefly_types::ByteSize(n).to_string();
-    rows.add_row(["through fs3", &format!("{} read, {} written", size(io.bytes_read), size(io.bytes_written))]);
+    rows.add_row([
+        "through fs3",
+        &format!("{} read, {} written", size(io.bytes_read), size(io.bytes_written)),
+    ]);
     let bandwidth = if result.allreduce_seconds > 0.0 {
         format!("{:.1} MB/s incl. waiting", result.allreduce_bytes as f64 / result.allreduce_seconds / 1e6)
     } else {
         "-".into()
     };
-    rows.add_row(["allreduce, rank 0, last attempt", &format!(
-        "{} calls, {}, {bandwidth}, over {}", result.allreduce_calls, size(result.allreduce_bytes), result.transport)]);
+    rows.add_row([
+        "allreduce, rank 0, last attempt",
+        &format!(
+            "{} calls, {}, {bandwidth}, over {}",
+            result.allreduce_calls,
+            size(result.allreduce_bytes),
+            result.transport
+        ),
+    ]);
     if let Some(time) = figures.submit_to_running {
         rows.add_row(["submit to running", &format!("{:.0} ms", time.as_secs_f64() * 1e3)]);
     }
@@ -577,7 +642,9 @@ fn find_python(given: Option<&Path>, ff: &Path) -> Result<PathBuf> {
             _ => {}
         }
     }
-    bail!("no Python with torch and firefly was found: run `make quickstart`, name one with --python, or use `ff quickstart --native`")
+    bail!(
+        "no Python with torch and firefly was found: run `make quickstart`, name one with --python, or use `ff quickstart --native`"
+    )
 }
 
 /// The digits for the native variant.

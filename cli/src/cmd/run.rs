@@ -91,7 +91,9 @@ pub struct SpecArgs {
 /// Exit code: 0 if the job succeeded, 1 if it failed or was stopped, 2 for wrong usage, 130 after
 /// Ctrl-C.
 #[derive(clap::Args, Clone, Debug)]
-#[command(after_help = "Examples:\n  ff run -- python train.py\n  ff run -n 2 -r 4 --max-restarts 3 -- python train.py --epochs 10\n  ff run -d --name eval -- ./eval.sh   (then: ff job logs -f eval)")]
+#[command(
+    after_help = "Examples:\n  ff run -- python train.py\n  ff run -n 2 -r 4 --max-restarts 3 -- python train.py --epochs 10\n  ff run -d --name eval -- ./eval.sh   (then: ff job logs -f eval)"
+)]
 pub struct RunArgs {
     #[command(flatten)]
     spec: SpecArgs,
@@ -120,7 +122,12 @@ pub async fn run(args: RunArgs, global: &Global) -> Result<ExitCode> {
         eprintln!("ff: {id} submitted");
     }
     let mut printer = Printer::new(global.json, ranks > 1);
-    let follow = follow(&context, id, LogsRequest { job: id.to_string(), follow: true, ..Default::default() }, &mut printer);
+    let follow = follow(
+        &context,
+        id,
+        LogsRequest { job: id.to_string(), follow: true, ..Default::default() },
+        &mut printer,
+    );
     tokio::select! {
         result = follow => result?,
         _ = tokio::signal::ctrl_c() => {
@@ -168,8 +175,9 @@ impl SpecArgs {
             let (name, value) = match item.split_once('=') {
                 Some((name, value)) => (name, value.to_owned()),
                 None => {
-                    let value = std::env::var(item)
-                        .map_err(|_| Usage(format!("--env {item}: the variable is not set here (or write {item}=VALUE)")))?;
+                    let value = std::env::var(item).map_err(|_| {
+                        Usage(format!("--env {item}: the variable is not set here (or write {item}=VALUE)"))
+                    })?;
                     (item.as_str(), value)
                 }
             };
@@ -277,7 +285,8 @@ pub async fn follow(context: &Context, id: JobId, request: LogsRequest, printer:
             outage = Some(Instant::now());
         }
         tries += 1;
-        let patience = Backoff { most: Duration::from_secs(2), total: Duration::from_secs(600), ..Backoff::CLUSTER };
+        let patience =
+            Backoff { most: Duration::from_secs(2), total: Duration::from_secs(600), ..Backoff::CLUSTER };
         let retryable = request.follow && error.1;
         match patience.delay(tries, begun.elapsed(), rand::random()).filter(|_| retryable) {
             Some(delay) => tokio::time::sleep(delay).await,
@@ -316,7 +325,8 @@ async fn follow_once(
             Ok(None) if request.follow => {
                 // The end of the job, or of the scheduler?
                 let job = GetJobRequest { job: request.job.clone() };
-                let job = scheduler.get_job(job).await.map_err(|s| (sentence(&s), retryable(&s)))?.into_inner();
+                let job =
+                    scheduler.get_job(job).await.map_err(|s| (sentence(&s), retryable(&s)))?.into_inner();
                 if is_final(&job) {
                     return Ok(());
                 }
@@ -410,7 +420,8 @@ mod tests {
         for name in ["PATH", "FIREFLY_INSTALL_AS", "NCCL_DEBUG", "CUDA_VISIBLE_DEVICES"] {
             assert!(is_passed(name), "{name}");
         }
-        for name in ["FIREFLY_STATE", "FIREFLY_JOB_SECRET", "AWS_SECRET_ACCESS_KEY", "RANK", "SSH_AUTH_SOCK"] {
+        for name in ["FIREFLY_STATE", "FIREFLY_JOB_SECRET", "AWS_SECRET_ACCESS_KEY", "RANK", "SSH_AUTH_SOCK"]
+        {
             assert!(!is_passed(name), "{name}");
         }
     }

@@ -120,7 +120,10 @@ pub async fn run(_: &StatusArgs, global: &Global) -> Result<()> {
     }
     let broken = processes.iter().any(|(_, record)| record.is_none()) || health.is_none_or(|h| h.down > 0);
     if broken {
-        anyhow::bail!("the cluster is not whole: `ff up` starts what does not run; logs are in {}", cluster.logs().display());
+        anyhow::bail!(
+            "the cluster is not whole: `ff up` starts what does not run; logs are in {}",
+            cluster.logs().display()
+        );
     }
     Ok(())
 }

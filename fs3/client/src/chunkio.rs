@@ -318,10 +318,8 @@ impl ChunkIo {
             if !error.kind().is_retryable() && error.kind() != ErrorKind::Corrupt {
                 break Err(error);
             }
-            if let Err(error) = retry.again(error, self.routing.wait_newer(version, MOST_PATIENCE)).await {
-                // The lane is given up with the update: nobody knows whether it happened.
-                return Err(error);
-            }
+            // If this gives up, so does the lane: nobody knows whether the update happened.
+            retry.again(error, self.routing.wait_newer(version, MOST_PATIENCE)).await?;
         };
         retry.done();
         lane.answered();

@@ -234,7 +234,7 @@ impl Fs3 {
             if let Some(open) = self.shared.find(id) {
                 let mut state = open.state();
                 if change.mtime.is_some() {
-                    state.mtime_set();
+                    state.mtime_set(attr.mtime);
                 }
                 state.apply(&attr);
                 return Ok(state.view());

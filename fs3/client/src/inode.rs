@@ -158,9 +158,10 @@ impl State {
         self.dirty_serial += 1;
     }
 
-    /// An explicit modification time replaces the one that writes left.
-    pub(crate) fn mtime_set(&mut self) {
-        self.dirty_mtime = None;
+    /// An explicit modification time replaces the one that writes left. An unpublished length
+    /// carries it along, since publishing a length alone would count as a modification.
+    pub(crate) fn mtime_set(&mut self, mtime: Option<Time>) {
+        self.dirty_mtime = mtime.filter(|_| self.dirty_length.is_some());
         self.dirty_serial += 1;
     }
 

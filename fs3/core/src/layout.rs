@@ -103,9 +103,10 @@ impl Layout {
 
     /// Splits `offset .. offset + len` at chunk boundaries, in order.
     pub fn pieces(&self, offset: u64, len: u64) -> Result<Pieces<'_>, LayoutError> {
-        let end = offset.checked_add(len).filter(|end| *end <= self.max_length()).ok_or(
-            LayoutError::TooFar { offset: offset.saturating_add(len), most: self.max_length() },
-        )?;
+        let end = offset
+            .checked_add(len)
+            .filter(|end| *end <= self.max_length())
+            .ok_or(LayoutError::TooFar { offset: offset.saturating_add(len), most: self.max_length() })?;
         Ok(Pieces { layout: self, offset, end })
     }
 }
@@ -128,13 +129,8 @@ impl Iterator for Pieces<'_> {
         let (index, chunk_offset) = self.layout.locate(self.offset).ok()?;
         let room = self.layout.chunk_bytes - chunk_offset;
         let len = u64::from(room).min(self.end - self.offset) as u32;
-        let piece = Piece {
-            index,
-            chain: self.layout.chain_of(index),
-            chunk_offset,
-            len,
-            file_offset: self.offset,
-        };
+        let piece =
+            Piece { index, chain: self.layout.chain_of(index), chunk_offset, len, file_offset: self.offset };
         self.offset += u64::from(len);
         Some(piece)
     }
@@ -159,10 +155,7 @@ mod tests {
             len,
             file_offset,
         };
-        assert_eq!(
-            pieces,
-            [at(0, 10, 4000, 96, 4000), at(1, 11, 0, 4096, 4096), at(2, 10, 0, 108, 8192)]
-        );
+        assert_eq!(pieces, [at(0, 10, 4000, 96, 4000), at(1, 11, 0, 4096, 4096), at(2, 10, 0, 108, 8192)]);
         assert_eq!(layout(4096, 2).pieces(5, 0).unwrap().count(), 0);
     }
 

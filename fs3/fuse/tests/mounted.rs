@@ -1,10 +1,7 @@
-//! Programs on a mount, compared with the same programs on the local disk: the real meta server,
-//! storage in memory with small chunks, so that every file has many.
+//! Programs on a mount of a real cluster, compared with the same programs on the local disk.
 
-#[path = "../../client/tests/fakes/mod.rs"]
-mod fakes;
-
-use fakes::Cluster;
+use firefly_net::Identity;
+use firefly_types::{ByteSize, ClusterId, ClusterSecret, NodeId};
 use fs3_client::{ClientOptions, Fs3};
 use fs3_fuse::{MountOptions, Mounted};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -12,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
 
 /// Why the tests of this file cannot run here, said loudly.
 fn skipped() -> bool {
@@ -42,42 +40,80 @@ impl Drop for Mount {
     }
 }
 
+/// Manager, meta server and three storage servers, in this process. Chunks of 64 KiB, so that
+/// every file has many, on chains over all pairs of servers.
 struct World {
-    cluster: Cluster,
+    identity: Identity,
+    manager: String,
+    stop: CancellationToken,
+    storage_stops: Vec<CancellationToken>,
     _meta: fs3_meta::Running,
     _data: TempDir,
 }
 
 impl World {
     async fn start() -> World {
-        // RUST_LOG shows what client, mount and meta server do.
+        // RUST_LOG shows what client, mount and servers do.
         let filter = tracing_subscriber::EnvFilter::from_default_env();
         let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
-        let cluster = Cluster::start().await;
         let data = tempfile::tempdir().unwrap();
+        let stop = CancellationToken::new();
+        let identity = Identity {
+            cluster: ClusterId(rand::random()),
+            secret: ClusterSecret::generate(),
+            name: "test".into(),
+        };
+        let listen = ([127, 0, 0, 1], 0).into();
+        let nodes = [3, 4, 5].map(NodeId);
+        let settings = fs3_mgmtd::MgmtdSettings {
+            min_write_replicas: Some(1),
+            chunk_bytes: ByteSize(64 << 10),
+            ..fs3_mgmtd::MgmtdSettings::new(nodes.to_vec())
+        };
+        let (data_dir, id) = (data.path().join("manager"), identity.clone());
+        let config = fs3_mgmtd::MgmtdConfig { listen, data_dir, identity: id, settings };
+        let manager = fs3_mgmtd::serve(config, stop.clone()).await.unwrap().addr.to_string();
+        let mut storage_stops = Vec::new();
+        for node_id in nodes {
+            let token = stop.child_token();
+            let config = fs3_storage::StorageConfig {
+                node_id,
+                listen,
+                manager: format!("http://{manager}"),
+                data_dir: data.path().join(node_id.to_string()),
+                identity: identity.clone(),
+                capacity_bytes: u64::MAX,
+            };
+            fs3_storage::serve(config, token.clone()).await.unwrap();
+            storage_stops.push(token);
+        }
         let config = fs3_meta::MetaConfig {
-            node_id: firefly_types::NodeId(2),
-            listen: ([127, 0, 0, 1], 0).into(),
-            manager: cluster.manager.clone(),
-            data_dir: data.path().to_owned(),
-            identity: cluster.identity.clone(),
+            node_id: NodeId(2),
+            listen,
+            manager: manager.clone(),
+            data_dir: data.path().join("meta"),
+            identity: identity.clone(),
             settings: fs3_meta::MetaSettings { root_mode: 0o777, ..Default::default() },
         };
-        let running = fs3_meta::serve(config, cluster.stop.clone()).await.unwrap();
-        cluster.use_meta(running.addr.to_string());
-        World { cluster, _meta: running, _data: data }
+        let meta = fs3_meta::serve(config, stop.clone()).await.unwrap();
+        World { identity, manager, stop, storage_stops, _meta: meta, _data: data }
+    }
+
+    async fn connect(&self) -> Arc<Fs3> {
+        Fs3::connect(ClientOptions::new(self.manager.clone(), self.identity.clone())).await.unwrap()
     }
 
     async fn mount(&self) -> Mount {
-        let options = ClientOptions::new(self.cluster.manager.clone(), self.cluster.identity.clone());
-        let fs = Fs3::connect(options).await.unwrap();
-        while fs.statfs().await.is_err() {
-            // The first routing table may still name the meta server that was replaced.
-            tokio::task::yield_now().await;
-        }
+        let fs = self.connect().await;
         let dir = tempfile::tempdir().unwrap();
         let mounted = fs3_fuse::mount(fs.clone(), dir.path(), MountOptions::default()).unwrap();
         Mount { dir, fs, mounted: Some(mounted) }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.stop.cancel();
     }
 }
 
@@ -114,6 +150,14 @@ const MANIFEST: &str = "find . -type d -printf '%P d %m %n\\n' -o -type l -print
 const MANIFEST_NO_TIMES: &str = "find . -type d -printf '%P d %m %n\\n' -o -type l -printf '%P l %l\\n' -o -printf '%P %y %m %n %s\\n' \
     | sort; find . -type f -print0 | sort -z | xargs -0 -r sha256sum";
 
+fn same(mounted: &str, local: &str, what: &str) {
+    let unlike = |a: &str, b: &str| -> Vec<String> {
+        a.lines().filter(|line| !b.lines().any(|other| other == *line)).take(20).map(str::to_owned).collect()
+    };
+    let (only_there, only_here) = (unlike(mounted, local), unlike(local, mounted));
+    assert!(mounted == local, "{what}\non the mount: {only_there:#?}\non the local disk: {only_here:#?}");
+}
+
 fn compare(mount: &Path, script: &str, manifest: &str) {
     let local = tempfile::tempdir().unwrap();
     let name = format!("work{}", rand::random::<u32>());
@@ -121,8 +165,8 @@ fn compare(mount: &Path, script: &str, manifest: &str) {
     for dir in [&here, &there] {
         std::fs::create_dir(dir).unwrap();
     }
-    assert_eq!(run(&there, script), run(&here, script), "output of {script}");
-    assert_eq!(run(&there, manifest), run(&here, manifest), "tree after {script}");
+    same(&run(&there, script), &run(&here, script), &format!("output of {script}"));
+    same(&run(&there, manifest), &run(&here, manifest), &format!("tree after {script}"));
     run(mount, &format!("rm -rf {name} && test ! -e {name}"));
 }
 
@@ -171,7 +215,7 @@ async fn writes_of_every_kind_read_back() {
     let mount = world.mount().await;
     let scripts = [
         // dd, also direct and synchronous, also in the middle of a file.
-        "yes 0123456789 | head -c 3000000 > src; dd if=src of=d1 bs=64k status=none; dd if=src of=d2 bs=4096 count=500 oflag=direct status=none
+        "seq 450000 > src; dd if=src of=d1 bs=64k status=none; dd if=src of=d2 bs=4096 count=500 oflag=direct status=none
          dd if=src of=d3 bs=10000 oflag=sync count=20 status=none; dd if=/dev/zero of=d1 bs=1000 seek=77 count=5 conv=notrunc status=none
          dd if=d1 bs=128k iflag=direct status=none | sha256sum; cat d2 d3 | sha256sum",
         // Append, truncate, sparse.
@@ -339,4 +383,56 @@ async fn a_mount_ends_cleanly_even_when_it_is_in_use() {
         fs3_fuse::mount(again.fs.clone(), &again.path(), MountOptions::default()),
         Err(fs3_fuse::MountError::Busy(_))
     ));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_storage_server_only_pauses_programs() {
+    if skipped() {
+        return;
+    }
+    let world = World::start().await;
+    let mount = world.mount().await;
+    let dir = mount.path();
+    run(&dir, "seq 300000 > before; sha256sum before > sums");
+    let (started, starts) = std::sync::mpsc::channel();
+    let writing = std::thread::spawn({
+        let dir = dir.clone();
+        move || {
+            for i in 0..40 {
+                run(&dir, &format!("seq {i} 20000 > during{i}; sync during{i}; sha256sum during{i} >> sums"));
+                let _ = started.send(());
+            }
+        }
+    });
+    // In the middle of the writing.
+    for _ in 0..5 {
+        starts.recv().unwrap();
+    }
+    world.storage_stops[1].cancel();
+    tokio::task::block_in_place(|| writing.join()).unwrap();
+    // Through another client, from the replicas that are left.
+    let other = world.mount().await;
+    run(&other.path(), "sha256sum --quiet -c sums; test $(wc -l < sums) = 41");
+    println!("longest pause {:?}", mount.fs.stats().longest_pause);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_library_and_a_mount_agree() {
+    if skipped() {
+        return;
+    }
+    let world = World::start().await;
+    let mount = world.mount().await;
+    let fs = world.connect().await;
+    let me = fs3_client::Credentials::ROOT;
+    let data: Vec<u8> = (0..1_000_000u32).flat_map(u32::to_le_bytes).collect();
+    fs.mkdir_all(&me, "/lib/deep", 0o755).await.unwrap();
+    fs.write_file(&me, "/lib/deep/f", &data).await.unwrap();
+    assert!(std::fs::read(mount.path().join("lib/deep/f")).unwrap() == data);
+    std::fs::write(mount.path().join("lib/g"), &data[..777_777]).unwrap();
+    assert!(fs.read_file(&me, "/lib/g").await.unwrap() == data[..777_777]);
+    assert_eq!(fs.remove_path(&me, "/lib", true).await.unwrap(), 4);
+    let free = rustix::fs::statvfs(&mount.path()).unwrap();
+    assert!(free.f_blocks > 0 && free.f_bfree <= free.f_blocks);
+    fs.shutdown().await.unwrap();
 }

@@ -174,7 +174,6 @@ async fn many_clients_make_names_in_one_directory_without_conflicts() {
     let after = store.stats();
     // The first use of a client's record is shared by its lanes, so a few conflicts at the start.
     assert!(after.conflicts - before.conflicts <= 16, "{after:?}");
-    assert!(after.syncs - before.syncs < 320, "commits are not grouped: {after:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

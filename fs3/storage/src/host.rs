@@ -7,9 +7,7 @@ use crate::wire::{self, Address};
 use firefly_net::{Buf, BufPool, Call, Client};
 use firefly_proto::{methods::storage as method, storage as pb};
 use firefly_types::{ChainId, ChainVersion, ChunkId, ErrorKind, TargetId, WireError};
-use fs3_core::target::{
-    Action, Answer, Context, Event, Forward, Handle, Meta, Target, Update, WriteError,
-};
+use fs3_core::target::{Action, Answer, Context, Event, Forward, Handle, Meta, Target, Update, WriteError};
 use prost::Message;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -94,9 +92,8 @@ impl<D: Disk + 'static> Host<D> {
         });
         let _ = host.this.set(Arc::downgrade(&host));
         let disk = Arc::clone(&host);
-        let thread = std::thread::Builder::new()
-            .name(format!("disk {}", host.id))
-            .spawn(move || disk.run_disk())?;
+        let thread =
+            std::thread::Builder::new().name(format!("disk {}", host.id)).spawn(move || disk.run_disk())?;
         Ok((host, thread))
     }
 
@@ -125,10 +122,8 @@ impl<D: Disk + 'static> Host<D> {
                 let mut signal = lock(&self.signal);
                 while !signal.urgent && !signal.stop {
                     if signal.lazy {
-                        let (again, timeout) = self
-                            .wake
-                            .wait_timeout(signal, LAZY)
-                            .unwrap_or_else(PoisonError::into_inner);
+                        let (again, timeout) =
+                            self.wake.wait_timeout(signal, LAZY).unwrap_or_else(PoisonError::into_inner);
                         signal = again;
                         if timeout.timed_out() {
                             break;
@@ -218,7 +213,10 @@ impl<D: Disk + 'static> Host<D> {
         }
         self.step(event(handle));
         receive.await.unwrap_or_else(|_| {
-            Err(WireError::new(ErrorKind::Unavailable, format!("target {} is stopping: ask elsewhere", self.id)))
+            Err(WireError::new(
+                ErrorKind::Unavailable,
+                format!("target {} is stopping: ask elsewhere", self.id),
+            ))
         })
     }
 
@@ -331,7 +329,9 @@ impl<D: Disk + 'static> Host<D> {
         let Some(host) = self.arc() else { return };
         self.runtime.spawn(async move {
             let result = match host.around.address(to) {
-                None => Err(WireError::new(ErrorKind::Unavailable, format!("no address of target {to} is known"))),
+                None => {
+                    Err(WireError::new(ErrorKind::Unavailable, format!("no address of target {to} is known")))
+                }
                 Some(peer) => {
                     let call = Call { method, head: head.into(), send, recv: None, timeout };
                     let answer = host.around.client().call(&peer, call).await;
@@ -470,7 +470,10 @@ impl<D: Disk + 'static> Host<D> {
         }
         let read = self.read_plan(plan, offset as usize, length, pool).await;
         let bytes = read.map_err(|e| {
-            WireError::new(e.kind(), format!("target {}: {e}; another replica has the data: ask there", self.id))
+            WireError::new(
+                e.kind(),
+                format!("target {}: {e}; another replica has the data: ask there", self.id),
+            )
         })?;
         Ok((Some(meta), Some(bytes), grant.dirty))
     }

@@ -88,7 +88,10 @@ impl Node {
     pub(crate) fn admit_bytes(&self, bytes: usize) -> Result<OwnedSemaphorePermit, WireError> {
         let wanted = u32::try_from(bytes).unwrap_or(u32::MAX);
         Arc::clone(&self.budget).try_acquire_many_owned(wanted).map_err(|_| {
-            WireError::new(ErrorKind::Unavailable, "this node has too many bytes of updates in flight: ask again")
+            WireError::new(
+                ErrorKind::Unavailable,
+                "this node has too many bytes of updates in flight: ask again",
+            )
         })
     }
 
@@ -148,7 +151,8 @@ impl Node {
             *known = table.version;
         }
         let nodes: HashMap<u32, &str> = table.nodes.iter().map(|n| (n.node_id, n.address.as_str())).collect();
-        let address = |t: &pb::TargetInfo| Some((TargetId(t.target_id), (*nodes.get(&t.node_id)?).to_owned()));
+        let address =
+            |t: &pb::TargetInfo| Some((TargetId(t.target_id), (*nodes.get(&t.node_id)?).to_owned()));
         *self.addresses.write().unwrap_or_else(PoisonError::into_inner) =
             table.targets.iter().filter_map(address).filter(|(_, a)| !a.is_empty()).collect();
         for info in table.targets.iter().filter(|t| t.node_id == self.config.node_id.0) {
@@ -190,7 +194,8 @@ impl Node {
                 slot.state = Err("it waits to be taken out of the chain before it is filled".into());
             }
             Verdict::Lost => {
-                slot.state = Err("its folder is empty though it was the last to serve: restore the disk".into());
+                slot.state =
+                    Err("its folder is empty though it was the last to serve: restore the disk".into());
             }
         }
         if let Err(reason) = &slot.state {
@@ -206,7 +211,8 @@ impl Node {
         }
         let disk = FileDisk::open(&dir).map_err(|e| format!("cannot open {}: {e}", dir.display()))?;
         let header = Header { cluster: self.config.identity.cluster, target };
-        let options = EngineOptions { capacity_bytes: self.config.capacity_bytes, ..EngineOptions::default() };
+        let options =
+            EngineOptions { capacity_bytes: self.config.capacity_bytes, ..EngineOptions::default() };
         let (engine, recovered) = Engine::open(disk, header, options).map_err(|e| e.to_string())?;
         tracing::info!(
             %target,
@@ -216,8 +222,8 @@ impl Node {
         );
         let machine = Target::new(target, self.incarnation, TargetOptions::default(), recovered);
         let around: Arc<dyn Surroundings> = self.clone();
-        let (host, thread) =
-            Host::start(chain, engine, machine, around).map_err(|e| format!("cannot start its thread: {e}"))?;
+        let (host, thread) = Host::start(chain, engine, machine, around)
+            .map_err(|e| format!("cannot start its thread: {e}"))?;
         host.step(Event::Lease(*lock(&self.lease_until)));
         Ok(Running { host, thread })
     }

@@ -93,11 +93,8 @@ impl StorageService {
         let host = self.host(target)?;
         let forward = wire::forward(&message, request.payload.map(Buf::from))?;
         let meta = updated(host.ask(|reply| Event::Forward { reply, forward }).await?)?;
-        let reply = pb::ForwardReply {
-            version: meta.version,
-            chunk_length: meta.length,
-            chunk_crc32c: meta.digest,
-        };
+        let reply =
+            pb::ForwardReply { version: meta.version, chunk_length: meta.length, chunk_crc32c: meta.digest };
         Ok(Reply::head(reply.encode_to_vec()))
     }
 

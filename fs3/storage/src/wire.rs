@@ -186,11 +186,7 @@ pub(crate) fn token(message: &pb::PrefixDurableRequest) -> Result<Token, WireErr
         chain_version: ChainVersion(message.chain_version),
         chunk: chunk_id(message.chunk.as_ref())?,
         stamp: Stamp { incarnation: message.stamp_incarnation, sequence: message.stamp_sequence },
-        meta: Meta {
-            version: message.version,
-            length: message.chunk_length,
-            digest: message.chunk_crc32c,
-        },
+        meta: Meta { version: message.version, length: message.chunk_length, digest: message.chunk_crc32c },
     })
 }
 
@@ -235,8 +231,7 @@ pub(crate) fn resolution_message(resolution: Resolution) -> pb::ResolveReply {
 }
 
 pub(crate) fn resolution(message: &pb::ResolveReply) -> Option<Resolution> {
-    let meta =
-        Meta { version: message.version, length: message.chunk_length, digest: message.chunk_crc32c };
+    let meta = Meta { version: message.version, length: message.chunk_length, digest: message.chunk_crc32c };
     match pb::ResolveState::try_from(message.state) {
         Ok(pb::ResolveState::Committed) => Some(Resolution::Committed(message.exists.then_some(meta))),
         Ok(pb::ResolveState::Pending) => Some(Resolution::Pending),
@@ -285,7 +280,11 @@ pub(crate) fn page(message: &pb::SyncRecordsRequest) -> RecordPage {
     };
     RecordPage {
         channels: message.channels.iter().map(channel).collect(),
-        sessions: message.sessions.iter().map(|s| (ClientId(s.client_id), SessionEpoch(s.session_epoch))).collect(),
+        sessions: message
+            .sessions
+            .iter()
+            .map(|s| (ClientId(s.client_id), SessionEpoch(s.session_epoch)))
+            .collect(),
         attempts: message.attempts.iter().map(|a| (JobId(a.job_id), AttemptEpoch(a.attempt_epoch))).collect(),
         version_floor: message.version_floor,
     }

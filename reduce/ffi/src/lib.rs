@@ -208,7 +208,8 @@ unsafe fn create(config: *const FfrConfig) -> Result<Communicator, ReduceError> 
         return Communicator::meet(&made, &meeting);
     }
     // SAFETY: valid by the caller's promise for the duration of this call.
-    let store = unsafe { store::CallbackStore::new(&*c.store) }.ok_or_else(|| bad("store.set or .get is NULL"))?;
+    let store =
+        unsafe { store::CallbackStore::new(&*c.store) }.ok_or_else(|| bad("store.set or .get is NULL"))?;
     Communicator::create(&made, &store)
 }
 
@@ -387,11 +388,11 @@ unsafe fn submit(communicator: &Communicator, args: &FfrArgs) -> Result<Handle, 
     }
     let dtype = DType::from_code(args.dtype).ok_or_else(|| bad(format!("{} is no dtype", args.dtype)))?;
     let redop = || {
-        ReduceOp::from_code(args.redop, args.factor).ok_or_else(|| bad(format!("{} is no reduction", args.redop)))
+        ReduceOp::from_code(args.redop, args.factor)
+            .ok_or_else(|| bad(format!("{} is no reduction", args.redop)))
     };
-    let rank = |what: &str, value: i32| {
-        u32::try_from(value).map_err(|_| bad(format!("{what} {value} is no rank")))
-    };
+    let rank =
+        |what: &str, value: i32| u32::try_from(value).map_err(|_| bad(format!("{what} {value} is no rank")));
     let operation = match args.kind {
         0 => Operation::AllReduce(redop()?),
         1 => Operation::Reduce { op: redop()?, root: rank("root", args.root)? },

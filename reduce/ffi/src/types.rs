@@ -33,8 +33,7 @@ pub struct FfrStore {
     /// Publishes.
     pub set: Option<unsafe extern "C" fn(*mut c_void, *const c_char, *const u8, usize) -> i32>,
     /// Waits for and reads.
-    pub get:
-        Option<unsafe extern "C" fn(*mut c_void, *const c_char, *mut u8, usize, *mut usize, u64) -> i32>,
+    pub get: Option<unsafe extern "C" fn(*mut c_void, *const c_char, *mut u8, usize, *mut usize, u64) -> i32>,
 }
 
 /// `ffr_config`.

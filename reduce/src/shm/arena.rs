@@ -274,21 +274,18 @@ impl ArenaOp {
                 .collect::<Vec<_>>()
         };
         if self.reduced < self.staged {
-            let missing = behind(
-                |c| c.staged.0.load(Ordering::Acquire),
-                self.first + self.reduced,
-                &|r| self.reads_input_of(arena, r),
-            );
+            let missing = behind(|c| c.staged.0.load(Ordering::Acquire), self.first + self.reduced, &|r| {
+                self.reads_input_of(arena, r)
+            });
             if !missing.is_empty() {
                 return missing;
             }
         }
         if self.collected < self.reduced {
-            let missing = behind(
-                |c| c.reduced.0.load(Ordering::Acquire),
-                self.first + self.collected,
-                &|r| self.reads_output_of(arena, r),
-            );
+            let missing =
+                behind(|c| c.reduced.0.load(Ordering::Acquire), self.first + self.collected, &|r| {
+                    self.reads_output_of(arena, r)
+                });
             if !missing.is_empty() {
                 return missing;
             }

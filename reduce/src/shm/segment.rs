@@ -157,7 +157,8 @@ impl Segment {
         group: u32,
         local_size: usize,
     ) -> Result<Self, ReduceError> {
-        let bad = |what: &str| ReduceError::protocol(format!("rank {rank} sent a shared memory segment {what}"));
+        let bad =
+            |what: &str| ReduceError::protocol(format!("rank {rank} sent a shared memory segment {what}"));
         let size = rustix::fs::fstat(fd).map_err(|e| ReduceError::system("fstat", e))?.st_size;
         if size != segment_bytes(local_size) as i64 {
             return Err(bad(&format!("of {size} bytes instead of {}", segment_bytes(local_size))));

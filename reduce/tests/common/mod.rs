@@ -5,8 +5,8 @@
 pub(crate) mod values;
 
 use firefly_reduce::{
-    Callback, Communicator, Config, DType, Handle, Operation, RawBuf, ReduceError, Request, Store, StoreError,
-    SubmitOptions,
+    Callback, Communicator, Config, DType, Handle, Operation, RawBuf, ReduceError, Request, Store,
+    StoreError, SubmitOptions,
 };
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};

@@ -75,7 +75,9 @@ pub(crate) fn element(dtype: DType, op: ReduceOp, rank: u32, i: usize) -> f64 {
         (ReduceOp::Product, _) => [1.0, -1.0, 2.0][(mixed % 3) as usize],
         (ReduceOp::BitAnd | ReduceOp::BitOr | ReduceOp::BitXor, _) => (mixed % 128) as f64,
         // Multiples of 12 divide by 2, 3 and 4.
-        (ReduceOp::Avg, d) if !d.is_float() => (12 * (mixed % 4)) as f64 / if d.size() == 1 { 3.0 } else { 1.0 },
+        (ReduceOp::Avg, d) if !d.is_float() => {
+            (12 * (mixed % 4)) as f64 / if d.size() == 1 { 3.0 } else { 1.0 }
+        }
         (ReduceOp::Avg, _) => 1.0,
         (_, d) if unsigned(d) => (mixed % 5) as f64,
         _ => (mixed % 5) as f64 - 2.0,
@@ -100,7 +102,13 @@ pub(crate) fn input(dtype: DType, op: ReduceOp, rank: u32, count: usize) -> Vec<
 }
 
 /// The bytes that a reduction over `size` ranks must give.
-pub(crate) fn reduced(dtype: DType, op: ReduceOp, size: u32, count: usize, factor: impl Fn(u32) -> f64) -> Vec<u8> {
+pub(crate) fn reduced(
+    dtype: DType,
+    op: ReduceOp,
+    size: u32,
+    count: usize,
+    factor: impl Fn(u32) -> f64,
+) -> Vec<u8> {
     if matches!(dtype, DType::Complex64 | DType::Complex128) && op == ReduceOp::Product {
         return repeated(dtype, &complex_product(dtype, size, PERIOD), count);
     }

@@ -261,8 +261,8 @@ impl World {
         let key = order.key();
         match order {
             Order::Prepare { .. } => {
-                if !node.ranks.contains_key(&key) {
-                    node.ranks.insert(key, SimRank { state: SimState::Held, stopping: false });
+                if let std::collections::btree_map::Entry::Vacant(entry) = node.ranks.entry(key) {
+                    entry.insert(SimRank { state: SimState::Held, stopping: false });
                     self.ever_prepared.entry((key.job, key.epoch)).or_default().insert(key.rank);
                 }
             }

@@ -20,12 +20,15 @@ const TICK: Duration = Duration::from_millis(250);
 /// Orders on their way to one node.
 pub(crate) type Orders = mpsc::Sender<Result<wire::AgentOrder, tonic::Status>>;
 
+/// A look at the state.
+pub(crate) type Look = Box<dyn FnOnce(&Core, Now) + Send>;
+
 /// What the actor is asked.
 pub(crate) enum Command {
     /// A person's event.
     Event(Event, oneshot::Sender<Answer>),
     /// A look at the state, after everything before it has become durable.
-    Query(Box<dyn FnOnce(&Core, Now) + Send>),
+    Query(Look),
     /// A node has connected.
     Attach { session: Session, info: NodeInfo, inventory: Vec<RankReport>, orders: Orders },
     /// A node's stream has ended.
@@ -103,7 +106,7 @@ struct Actor {
 enum Effect {
     Decision(Decision),
     Answer(oneshot::Sender<Answer>, Answer),
-    Query(Box<dyn FnOnce(&Core, Now) + Send>),
+    Query(Look),
     Pong(Session, u64),
 }
 

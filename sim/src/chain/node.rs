@@ -109,7 +109,11 @@ impl Node {
 
     /// Takes in a chain: what the storage server's `node` module does. `Err` if the disk cannot be
     /// opened, which only a lying disk explains.
-    pub(super) fn apply(&mut self, chain: &Chain, options: TargetOptions) -> Result<Option<ChainView>, String> {
+    pub(super) fn apply(
+        &mut self,
+        chain: &Chain,
+        options: TargetOptions,
+    ) -> Result<Option<ChainView>, String> {
         let id = TargetId(self.id as u32);
         let Some(state) = chain.state_of(id) else { return Ok(None) };
         if chain.version <= self.chain_seen {

@@ -161,7 +161,10 @@ impl Truth {
     pub(super) fn at_rest(&mut self, who: usize, chunk: ChunkId, held: Option<(u64, Tags)>) {
         let Some(history) = self.chunks.get(&chunk) else {
             if held.is_some() {
-                self.fail("replicas at rest are equal", format!("target {who} holds chunk {chunk} from nowhere"));
+                self.fail(
+                    "replicas at rest are equal",
+                    format!("target {who} holds chunk {chunk} from nowhere"),
+                );
             }
             return;
         };
@@ -171,7 +174,8 @@ impl Truth {
             _ => None,
         };
         if held != expected {
-            let detail = format!("target {who} holds chunk {chunk} as {held:?}, the history ends with {expected:?}");
+            let detail =
+                format!("target {who} holds chunk {chunk} as {held:?}, the history ends with {expected:?}");
             self.fail("replicas at rest are equal and hold everything", detail);
         }
     }

@@ -8,8 +8,8 @@ use super::{Bytes, Tags, View, tags_of};
 use firefly_types::{ChainVersion, ChunkId, ErrorKind, Nanos, TargetId, WireError};
 use fs3_core::chain::Chain;
 use fs3_core::target::{
-    Action, Answer, Context, Event, Forward, Meta, Mutation, RecordPage, Resolve, TargetOptions, Token, Update,
-    WriteError,
+    Action, Answer, Context, Event, Forward, Meta, Mutation, RecordPage, Resolve, TargetOptions, Token,
+    Update, WriteError,
 };
 use fs3_storage::engine::{Done, ReadPlan};
 use rand::{RngExt, SeedableRng};
@@ -67,7 +67,7 @@ const CLIENTS_END: Nanos = Nanos(4_500_000_000);
 /// The world must be at rest by then.
 const END: Nanos = Nanos(30_000_000_000);
 const CLIENTS: usize = 4;
-const CHUNKS: u32 = 2;
+const CHUNKS: u32 = 3;
 
 #[derive(Clone)]
 enum Body {
@@ -120,6 +120,8 @@ struct World {
     cut_manager: Vec<bool>,
     /// The manager does not treat a new incarnation as the death of the old one.
     ignores_restarts: bool,
+    /// Nodes whose disks take their time.
+    slow: Vec<bool>,
     /// Writes that take effect when they are durable: (node, epoch, id).
     at_once: BTreeSet<(usize, u64, u64)>,
     reached: BTreeMap<&'static str, u64>,
@@ -129,13 +131,15 @@ struct World {
 /// Runs the world of these options to its end or its first broken promise.
 pub fn run(options: Options) -> Outcome {
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
-    let targets = if options.targets > 0 { options.targets } else { [1, 2, 2, 3, 3, 3][rng.random_range(0..6)] };
+    let targets =
+        if options.targets > 0 { options.targets } else { [1, 2, 2, 3, 3, 3][rng.random_range(0..6)] };
     let mutation = match options.mutant {
         Some(Mutant::Machine(mutation)) => Some(mutation),
         _ => None,
     };
     let lying = options.mutant == Some(Mutant::LyingDisk);
     let ignores_restarts = rng.random_bool(0.5);
+    let slow = (0..targets).map(|_| rng.random_bool(0.3)).collect();
     let mut world = World {
         target_options: TargetOptions {
             retry: Duration::from_millis(30),
@@ -155,6 +159,7 @@ pub fn run(options: Options) -> Outcome {
         cut: vec![false; targets],
         cut_manager: vec![false; targets],
         ignores_restarts,
+        slow,
         at_once: BTreeSet::new(),
         reached: BTreeMap::new(),
         processed: 0,
@@ -226,7 +231,10 @@ impl World {
     }
 
     fn describe(&self, node: &Node) -> String {
-        let state = node.open.as_ref().map(|o| (o.target.chain().cloned(), o.target.busy_chunks(), o.engine.has_work()));
+        let state = node
+            .open
+            .as_ref()
+            .map(|o| (o.target.chain().cloned(), o.target.busy_chunks(), o.engine.has_work()));
         format!("{} up {} offline {:?} {state:?}", node.id, node.up, node.offline)
     }
 
@@ -334,9 +342,13 @@ impl World {
                     self.at(delay, Happens::Routed { node, incarnation, sent, chain });
                 }
             }
-            Happens::Routed { node, incarnation, sent, chain } => self.routed(node, incarnation, sent, &chain),
+            Happens::Routed { node, incarnation, sent, chain } => {
+                self.routed(node, incarnation, sent, &chain)
+            }
             Happens::Batch { node, epoch } => self.batch(node, epoch),
-            Happens::Content { node, epoch, chunk, id, plan } => self.content_read(node, epoch, chunk, id, plan),
+            Happens::Content { node, epoch, chunk, id, plan } => {
+                self.content_read(node, epoch, chunk, id, plan)
+            }
             Happens::Tick { node } => {
                 self.at(self.target_options.tick, Happens::Tick { node });
                 self.step(node, Event::Tick);
@@ -361,7 +373,11 @@ impl World {
                 let client = &mut self.clients[client];
                 if client.current.as_ref().is_some_and(|c| c.attempt == attempt) {
                     let id = client.id;
-                    self.try_again(id);
+                    if self.now < FAULTS_END && self.rng.random_bool(0.1) {
+                        self.give_up(id);
+                    } else {
+                        self.try_again(id);
+                    }
                 }
             }
             Happens::Fault => self.fault(),
@@ -388,7 +404,9 @@ impl World {
         me.lease_until = sent.after(LEASE).max(me.lease_until);
         let lease = me.lease_until;
         match me.apply(chain, self.target_options) {
-            Err(why) => return self.truth.fail("a target's disk can be opened", format!("target {node}: {why}")),
+            Err(why) => {
+                return self.truth.fail("a target's disk can be opened", format!("target {node}: {why}"));
+            }
             Ok(view) => {
                 self.step(node, Event::Lease(lease));
                 if let Some(view) = view {
@@ -416,7 +434,9 @@ impl World {
             Body::Forward(forward) => Event::Forward { reply, forward },
             Body::Token(token) => Event::Token { reply, token },
             Body::Resolve(query) => Event::Resolve { reply, query },
-            Body::SyncRecords(from, chain_version, page) => Event::SyncRecords { reply, from, chain_version, page },
+            Body::SyncRecords(from, chain_version, page) => {
+                Event::SyncRecords { reply, from, chain_version, page }
+            }
             Body::SyncDone(from, chain_version) => Event::SyncDone { reply, from, chain_version },
             Body::Update(chain_version, update) => Event::Update { reply, chain_version, update },
             Body::Read(..) => return,
@@ -576,7 +596,8 @@ impl World {
         let epoch = self.nodes[node].epoch;
         let delay = match lazy {
             true => self.micros(5000, 40_000),
-            false => self.micros(100, 4000),
+            false if self.slow[node] => self.micros(1000, 30_000),
+            false => self.micros(100, 3000),
         };
         self.at(delay, Happens::Batch { node, epoch });
     }
@@ -613,7 +634,9 @@ impl World {
 
     /// A target that is being filled commits as it writes.
     fn watch_written(&mut self, node: usize, id: u64, chunk: ChunkId, result: Result<Meta, WriteError>) {
-        let (Ok(written), true) = (result, self.at_once.remove(&(node, self.nodes[node].epoch, id))) else { return };
+        let (Ok(written), true) = (result, self.at_once.remove(&(node, self.nodes[node].epoch, id))) else {
+            return;
+        };
         match self.content(node, chunk, false) {
             Ok(held) => self.truth.committed(node, chunk, written.version, held.map(|(_, tags)| tags)),
             Err(why) => self.truth.fail("stored chunks can be read", why),
@@ -702,10 +725,19 @@ impl World {
         self.attempt(client);
     }
 
+    /// A client that is killed, or whose caller lost patience: what it asked for may happen yet.
+    fn give_up(&mut self, client: usize) {
+        self.reach("operations given up");
+        self.clients[client].current = None;
+        let delay = self.micros(100, 30_000);
+        self.at(delay, Happens::Act { client });
+    }
+
     fn try_again(&mut self, client: usize) {
         // It keeps an old view sometimes: servers must refuse what is out of date.
         if self.rng.random_bool(0.8) {
-            self.clients[client].view = View { version: self.manager.version(), serving: self.manager.serving() };
+            self.clients[client].view =
+                View { version: self.manager.version(), serving: self.manager.serving() };
         }
         self.attempt(client);
     }
@@ -781,7 +813,7 @@ impl World {
         let me = &mut self.clients[client];
         me.current = None;
         me.finished += 1;
-        let delay = self.micros(100, 30_000);
+        let delay = self.micros(100, 10_000);
         self.at(delay, Happens::Act { client });
     }
 }

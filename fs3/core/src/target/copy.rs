@@ -52,10 +52,14 @@ enum Flushing {
 }
 
 impl<B: Clone> Target<B> {
-    /// The chunk has reached the target that is being filled.
-    pub(super) fn filled(&mut self, chunk: ChunkId) {
+    /// The chunk was committed, and has or has not reached the target that is being filled.
+    pub(super) fn settled_for_fill(&mut self, chunk: ChunkId, reached: bool) {
         if let Some(fill) = &mut self.fill {
-            fill.todo.remove(&chunk);
+            if reached {
+                fill.todo.remove(&chunk);
+            } else {
+                fill.todo.insert(chunk);
+            }
         }
     }
 
@@ -80,11 +84,7 @@ impl<B: Clone> Target<B> {
         fill.copying += starts.len();
         for chunk in starts {
             if !self.committed.contains_key(&chunk) {
-                // Removed meanwhile; the removal went down the chain by itself.
-                if let Some(fill) = self.fill.as_mut() {
-                    fill.copying -= 1;
-                    fill.todo.remove(&chunk);
-                }
+                self.send_absence(chunk);
                 continue;
             }
             let id = self.next_id();
@@ -94,7 +94,12 @@ impl<B: Clone> Target<B> {
         let now = self.now;
         let id = self.next_id();
         let Some(fill) = self.fill.as_mut() else { return };
-        if fill.done || fill.message.is_some() || fill.retry_at > now || !fill.todo.is_empty() || fill.copying > 0 {
+        if fill.done
+            || fill.message.is_some()
+            || fill.retry_at > now
+            || !fill.todo.is_empty()
+            || fill.copying > 0
+        {
             return;
         }
         let to = fill.to;
@@ -112,13 +117,33 @@ impl<B: Clone> Target<B> {
         let Some(to) = self.fill.as_ref().map(|f| f.to) else { return };
         let Some(chain_version) = self.chain.as_ref().map(|c| c.version) else { return };
         let Some((meta, bytes)) = content else { return self.copied(chunk, false) };
-        let stamp = Stamp { incarnation: self.incarnation, sequence: self.next_id() };
         let update = Update {
             length: meta.length,
             crc: meta.digest,
             payload: Some(bytes),
             ..bare(chunk, Context::default())
         };
+        self.send_sync(chunk, to, chain_version, meta, update);
+    }
+
+    /// The chunk is gone, or never came to be: the target may have got it before.
+    fn send_absence(&mut self, chunk: ChunkId) {
+        let Some(to) = self.fill.as_ref().map(|f| f.to) else { return };
+        let Some(chain_version) = self.chain.as_ref().map(|c| c.version) else { return };
+        let meta = Meta { version: self.version_floor.max(1), ..Meta::default() };
+        let update = Update { kind: Kind::Remove, ..bare(chunk, Context::default()) };
+        self.send_sync(chunk, to, chain_version, meta, update);
+    }
+
+    fn send_sync(
+        &mut self,
+        chunk: ChunkId,
+        to: TargetId,
+        chain_version: ChainVersion,
+        meta: Meta,
+        update: Update<B>,
+    ) {
+        let stamp = Stamp { incarnation: self.incarnation, sequence: self.next_id() };
         self.active.entry(chunk).or_default().copy = Some(Out::Sent(stamp));
         let forward = Forward {
             from: self.id,
@@ -191,7 +216,9 @@ impl<B: Clone> Target<B> {
         }
         let committed = self.committed.get(&chunk).copied();
         let have = committed.map_or(0, |m| m.version);
-        if forward.version < have || (forward.update.kind != Kind::Remove && self.is_before_removal(chunk, forward.version)) {
+        if forward.version < have
+            || (forward.update.kind != Kind::Remove && self.is_before_removal(chunk, forward.version))
+        {
             // Only what every serving replica holds durably comes here, so older means late.
             self.reply(reply, Err(error(ErrorKind::Stale, "a later version is here already")));
             return self.start_next(chunk);
@@ -207,10 +234,18 @@ impl<B: Clone> Target<B> {
         self.install(chunk, have, version, update, true, Vec::new(), Some((reply, stamp)));
     }
 
-    pub(super) fn on_sync_records(&mut self, reply: Handle, from: TargetId, version: ChainVersion, page: RecordPage) {
+    pub(super) fn on_sync_records(
+        &mut self,
+        reply: Handle,
+        from: TargetId,
+        version: ChainVersion,
+        page: RecordPage,
+    ) {
         match self.check_predecessor(from, version) {
             Ok(Role::Syncing { .. }) => {}
-            Ok(_) => return self.reply(reply, Err(error(ErrorKind::Stale, "this target is not being filled"))),
+            Ok(_) => {
+                return self.reply(reply, Err(error(ErrorKind::Stale, "this target is not being filled")));
+            }
             Err(refusal) => return self.reply(reply, Err(refusal)),
         }
         self.records.merge(&page);
@@ -221,7 +256,9 @@ impl<B: Clone> Target<B> {
     pub(super) fn on_sync_done(&mut self, reply: Handle, from: TargetId, version: ChainVersion) {
         match self.check_predecessor(from, version) {
             Ok(Role::Syncing { .. }) => {}
-            Ok(_) => return self.reply(reply, Err(error(ErrorKind::Stale, "this target is not being filled"))),
+            Ok(_) => {
+                return self.reply(reply, Err(error(ErrorKind::Stale, "this target is not being filled")));
+            }
             Err(refusal) => return self.reply(reply, Err(refusal)),
         }
         let Some(filling) = &self.filling else { return };

@@ -40,7 +40,10 @@ impl<B: Clone> Target<B> {
             let whole = matches!(successor, Successor::Syncing(_));
             if let Some(to) = to.filter(|_| ready) {
                 if pending.removes {
-                    send = Some((to, Update { kind: Kind::Remove, payload: None, ..bare(chunk, pending.context) }));
+                    send = Some((
+                        to,
+                        Update { kind: Kind::Remove, payload: None, ..bare(chunk, pending.context) },
+                    ));
                 } else if let Some(update) = pending.update.as_ref().filter(|_| !whole) {
                     send = Some((to, update.clone()));
                 } else if pending.written.is_some() {
@@ -122,7 +125,9 @@ impl<B: Clone> Target<B> {
         self.check_version(version)?;
         let role = self.role();
         match role {
-            Role::Serving { predecessor: Some(p), .. } | Role::Syncing { predecessor: p } if p == from => Ok(role),
+            Role::Serving { predecessor: Some(p), .. } | Role::Syncing { predecessor: p } if p == from => {
+                Ok(role)
+            }
             _ => Err(error(
                 ErrorKind::Stale,
                 format!("target {from} is not the predecessor of {} at {version}", self.id),
@@ -238,7 +243,10 @@ impl<B: Clone> Target<B> {
             }
             return self.install_forward(reply, forward);
         }
-        if forward.base == pending.result_version() && pending.written.is_some() && forward.version > pending.version {
+        if forward.base == pending.result_version()
+            && pending.written.is_some()
+            && forward.version > pending.version
+        {
             // The predecessor builds on it, so it is committed there; only our record of that was
             // lost in a restart.
             self.commit(chunk);
@@ -278,7 +286,12 @@ impl<B: Clone> Target<B> {
         }
     }
 
-    pub(super) fn on_forward_answer(&mut self, chunk: ChunkId, stamp: Stamp, result: Result<Meta, WireError>) {
+    pub(super) fn on_forward_answer(
+        &mut self,
+        chunk: ChunkId,
+        stamp: Stamp,
+        result: Result<Meta, WireError>,
+    ) {
         let retry = Out::Failed(self.now.after(self.options.retry));
         let successor = match self.role() {
             Role::Serving { successor, .. } => successor,
@@ -328,7 +341,8 @@ impl<B: Clone> Target<B> {
             return self.reply(reply, Err(refusal));
         }
         if !matches!(self.role(), Role::Serving { successor: Successor::Serving(s), .. } if s == query.from) {
-            return self.reply(reply, Err(error(ErrorKind::Stale, "not the predecessor of the one who asks")));
+            return self
+                .reply(reply, Err(error(ErrorKind::Stale, "not the predecessor of the one who asks")));
         }
         let pending = self.active.get_mut(&query.chunk).and_then(|a| a.pending.as_mut());
         let resolution = match (pending, self.committed.get(&query.chunk)) {
@@ -360,7 +374,10 @@ impl<B: Clone> Target<B> {
             }
             Resolution::Unknown => self.abandon(
                 chunk,
-                error(ErrorKind::Stale, "the predecessor does not know the update: it was lost before it was durable"),
+                error(
+                    ErrorKind::Stale,
+                    "the predecessor does not know the update: it was lost before it was durable",
+                ),
             ),
         }
     }
@@ -394,7 +411,10 @@ impl<B: Clone> Target<B> {
 fn late<B>(forward: &Forward<B>) -> WireError {
     error(
         ErrorKind::Stale,
-        format!("version {} of chunk {} came too late and was ignored", forward.version, forward.update.chunk),
+        format!(
+            "version {} of chunk {} came too late and was ignored",
+            forward.version, forward.update.chunk
+        ),
     )
 }
 
@@ -418,5 +438,14 @@ fn same_update<B>(pending: &super::machine::Pending<B>, forward: &Forward<B>) ->
 
 /// An update of `chunk` with nothing in it yet.
 pub(super) fn bare<B>(chunk: ChunkId, context: Context) -> Update<B> {
-    Update { context, chunk, kind: Kind::Replace, offset: 0, length: 0, crc: 0, chunk_bytes: MAX_CHUNK_BYTES, payload: None }
+    Update {
+        context,
+        chunk,
+        kind: Kind::Replace,
+        offset: 0,
+        length: 0,
+        crc: 0,
+        chunk_bytes: MAX_CHUNK_BYTES,
+        payload: None,
+    }
 }

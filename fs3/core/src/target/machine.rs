@@ -276,10 +276,17 @@ impl<B: Clone> Target<B> {
         if matches!(successor, Successor::Serving(_)) {
             return Ok(ReadGrant { meta, dirty: true });
         }
-        if pending.may_be_committed && self.options.mutation != Some(Mutation::ServeUnresolved) {
+        // A target that is being filled has it already, and may have become the tail without this
+        // one knowing yet.
+        let filled = pending.passed && matches!(successor, Successor::Syncing(_));
+        let unsettled = pending.may_be_committed || filled;
+        if unsettled && self.options.mutation != Some(Mutation::ServeUnresolved) {
             return Err(error(
                 ErrorKind::Unavailable,
-                format!("chunk {chunk}: version {} is being settled after a change of the chain: ask again", pending.version),
+                format!(
+                    "chunk {chunk}: version {} is being settled after a change of the chain: ask again",
+                    pending.version
+                ),
             ));
         }
         Ok(ReadGrant { meta, dirty: false })
@@ -328,9 +335,14 @@ impl<B: Clone> Target<B> {
             Some(chain) if chain.version == version => Ok(()),
             Some(chain) => Err(error(
                 ErrorKind::Stale,
-                format!("chain {} is at {}, the request at {version}: refresh and ask again", chain.id, chain.version),
+                format!(
+                    "chain {} is at {}, the request at {version}: refresh and ask again",
+                    chain.id, chain.version
+                ),
             )),
-            None => Err(error(ErrorKind::Unavailable, format!("target {} does not know its chain yet", self.id))),
+            None => {
+                Err(error(ErrorKind::Unavailable, format!("target {} does not know its chain yet", self.id)))
+            }
         }
     }
 
@@ -368,7 +380,8 @@ impl<B: Clone> Target<B> {
         let refusal = error(ErrorKind::Unavailable, format!("target {} went offline: {reason}", self.id));
         for active in self.active.values_mut() {
             let waiting = active.queue.drain(..).flat_map(|q| q.reply);
-            let held = active.pending.iter_mut().flat_map(|p| p.clients.drain(..).chain(p.upstream.drain(..)));
+            let held =
+                active.pending.iter_mut().flat_map(|p| p.clients.drain(..).chain(p.upstream.drain(..)));
             let next = active.next.take().map(|(reply, _)| reply);
             for reply in waiting.chain(held).chain(next) {
                 self.actions.push(Action::Reply { reply, result: Err(refusal.clone()) });
@@ -396,7 +409,9 @@ impl<B: Clone> Target<B> {
                 pending.clients.push(reply);
                 return;
             }
-            if let Some(queued) = active.queue.iter_mut().find(|q| q.update.context.request() == Some(request)) {
+            if let Some(queued) =
+                active.queue.iter_mut().find(|q| q.update.context.request() == Some(request))
+            {
                 queued.reply.push(reply);
                 return;
             }
@@ -426,7 +441,9 @@ impl<B: Clone> Target<B> {
                 ErrorKind::Unavailable,
                 format!(
                     "chain {} has {} serving replicas and writes need {}: wait for one to return",
-                    chain.id, chain.serving.len(), chain.min_write_replicas
+                    chain.id,
+                    chain.serving.len(),
+                    chain.min_write_replicas
                 ),
             ));
         }
@@ -504,7 +521,8 @@ impl<B: Clone> Target<B> {
     /// Removing or punching what does not exist changes nothing and needs no version.
     fn without_effect(&self, update: &Update<B>) -> Option<Answer> {
         let absent = !self.committed.contains_key(&update.chunk);
-        (absent && matches!(update.kind, Kind::Remove | Kind::Punch)).then(|| Answer::Updated(Meta::default()))
+        (absent && matches!(update.kind, Kind::Remove | Kind::Punch))
+            .then(|| Answer::Updated(Meta::default()))
     }
 
     /// Makes `update` the chunk's pending one and starts to write it.
@@ -568,9 +586,7 @@ impl<B: Clone> Target<B> {
         for reply in pending.clients.into_iter().chain(pending.upstream) {
             self.reply(reply, Ok(Answer::Updated(meta)));
         }
-        if pending.down.is_some() {
-            self.filled(chunk);
-        }
+        self.settled_for_fill(chunk, pending.down.is_some());
         self.after_pending(chunk);
     }
 
@@ -603,7 +619,10 @@ impl<B: Clone> Target<B> {
                 return self.go_offline("its disk filled up while it was being filled".into());
             }
             Err(WriteError::NoSpace) => {
-                return self.abandon(chunk, error(ErrorKind::NoSpace, format!("target {} has no room left", self.id)));
+                return self.abandon(
+                    chunk,
+                    error(ErrorKind::NoSpace, format!("target {} has no room left", self.id)),
+                );
             }
         }
         if pending.at_once {
@@ -628,7 +647,10 @@ impl<B: Clone> Target<B> {
             Role::Out => None,
         };
         let before = predecessor_of(self.role());
-        let stale = error(ErrorKind::Stale, format!("chain {} changed to {}: refresh and ask again", view.id, view.version));
+        let stale = error(
+            ErrorKind::Stale,
+            format!("chain {} changed to {}: refresh and ask again", view.id, view.version),
+        );
         self.chain = Some(view);
         self.removed.clear();
         let role = self.role();
@@ -667,7 +689,11 @@ impl<B: Clone> Target<B> {
             }
         }
         if let Role::Serving { successor: Successor::Syncing(to), .. } = role {
-            self.fill = Some(Fill::new(to, self.committed.keys().copied()));
+            // What is pending counts too: it may turn out to be committed without passing through
+            // here again (a copy that was still being written, an answer from the predecessor).
+            let pending = self.active.iter().filter(|(_, a)| a.pending.is_some());
+            let chunks = self.committed.keys().chain(pending.map(|(chunk, _)| chunk));
+            self.fill = Some(Fill::new(to, chunks.copied()));
         }
         for chunk in chunks {
             self.advance(chunk);

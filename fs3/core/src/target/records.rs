@@ -44,7 +44,10 @@ impl Records {
             if context.session_epoch < *seen {
                 return Err(WireError::new(
                     ErrorKind::Stale,
-                    format!("session {} of client {} was replaced by {seen}: open a new session", context.session_epoch, context.client),
+                    format!(
+                        "session {} of client {} was replaced by {seen}: open a new session",
+                        context.session_epoch, context.client
+                    ),
                 ));
             }
             *seen = context.session_epoch;
@@ -54,7 +57,10 @@ impl Records {
             if context.attempt < *seen {
                 return Err(WireError::new(
                     ErrorKind::Stale,
-                    format!("attempt {} of job {} was replaced by {seen}: this process must end", context.attempt, context.job),
+                    format!(
+                        "attempt {} of job {} was replaced by {seen}: this process must end",
+                        context.attempt, context.job
+                    ),
                 ));
             }
             *seen = context.attempt;

@@ -93,7 +93,15 @@ mod tests {
         assert_eq!(lives(&[(LastSrv, 9), (Serving, 10)], false), [Open, Keep]);
         assert_eq!(lives(&[(LastSrv, 9)], true), [Lost]);
         // Out after it served: emptied once, then filled, then complete again.
-        let life = [(Serving, 2), (Offline, 3), (Syncing, 4), (Waiting, 5), (Syncing, 6), (Serving, 7), (Waiting, 8)];
+        let life = [
+            (Serving, 2),
+            (Offline, 3),
+            (Syncing, 4),
+            (Waiting, 5),
+            (Syncing, 6),
+            (Serving, 7),
+            (Waiting, 8),
+        ];
         assert_eq!(lives(&life, false), [Open, Empty, Keep, Keep, Keep, Keep, Empty]);
         // Restarted in the middle of a fill.
         let life = [(Syncing, 4), (Offline, 5), (Syncing, 6), (Serving, 7)];

@@ -289,7 +289,9 @@ impl LogRecord {
                 }
                 let blocks = length.div_ceil(BLOCK_BYTES as u32);
                 if length > MAX_CHUNK_BYTES || changes.iter().any(|(index, _)| *index >= blocks) {
-                    return Err(damaged(format!("pending update of {chunk} does not fit its length {length}")));
+                    return Err(damaged(format!(
+                        "pending update of {chunk} does not fit its length {length}"
+                    )));
                 }
                 let (removes, at_once) = (flags & 1 != 0, flags & 2 != 0);
                 Self::Pending { chunk, base, version, length, removes, at_once, context, changes }
@@ -414,7 +416,8 @@ pub(super) fn preamble(snapshot: bool, generation: u64) -> Vec<u8> {
 pub(super) fn check_preamble(bytes: &[u8], snapshot: bool, generation: u64) -> Result<(), FormatError> {
     let name = if snapshot { "snapshot" } else { "log" };
     let found = bytes.get(8..12).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes);
-    if bytes.len() >= PREAMBLE && bytes[..8] == preamble(snapshot, generation)[..8] && found > FORMAT_VERSION {
+    if bytes.len() >= PREAMBLE && bytes[..8] == preamble(snapshot, generation)[..8] && found > FORMAT_VERSION
+    {
         return Err(FormatError::TooNew { found });
     }
     if bytes.get(..PREAMBLE) != Some(&preamble(snapshot, generation)[..]) {

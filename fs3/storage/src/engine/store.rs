@@ -50,6 +50,9 @@ pub enum EngineError {
     Failed(String),
 }
 
+/// An operation of a batch and, if it wrote, the chunk's next state and the blocks it took.
+type Kept<B> = (Op<B>, Option<(Next, Vec<u32>)>);
+
 impl EngineError {
     /// What a caller can do about it.
     pub fn kind(&self) -> ErrorKind {
@@ -130,7 +133,11 @@ enum Op<B> {
     Write(WriteOp<B>),
     /// Took effect in memory already; the blocks are free once the record is durable.
     Record(LogRecord, Vec<u32>),
-    Flush { id: u64, remove: Vec<ChunkId>, page: RecordPage },
+    Flush {
+        id: u64,
+        remove: Vec<ChunkId>,
+        page: RecordPage,
+    },
 }
 
 struct State<B> {
@@ -283,7 +290,7 @@ impl<D: Disk, B: AsRef<[u8]>> Engine<D, B> {
     ) -> Result<(), (EngineError, Vec<Op<B>>)> {
         let mut body = Vec::new();
         // What takes effect once the frame is durable, in order.
-        let mut kept: Vec<(Op<B>, Option<(Next, Vec<u32>)>)> = Vec::new();
+        let mut kept: Vec<Kept<B>> = Vec::new();
         let mut wrote = false;
         let mut ops = ops.into_iter();
         while let Some(op) = ops.next() {
@@ -389,7 +396,7 @@ impl<D: Disk, B: AsRef<[u8]>> Engine<D, B> {
 
     /// The log has no room: nothing of the batch happened. Its writes are refused; what took
     /// effect in memory waits for room.
-    fn undo_for_lack_of_room(&self, kept: Vec<(Op<B>, Option<(Next, Vec<u32>)>)>, done: &mut Vec<Done<B>>) {
+    fn undo_for_lack_of_room(&self, kept: Vec<Kept<B>>, done: &mut Vec<Done<B>>) {
         let mut state = lock(&self.state);
         let mut waiting = Vec::new();
         for (op, written) in kept {
@@ -407,7 +414,7 @@ impl<D: Disk, B: AsRef<[u8]>> Engine<D, B> {
         state.queue = waiting;
     }
 
-    fn publish(&self, kept: Vec<(Op<B>, Option<(Next, Vec<u32>)>)>, done: &mut Vec<Done<B>>) {
+    fn publish(&self, kept: Vec<Kept<B>>, done: &mut Vec<Done<B>>) {
         let mut state = lock(&self.state);
         for (op, written) in kept {
             match (op, written) {
@@ -443,7 +450,8 @@ impl<D: Disk, B: AsRef<[u8]>> Engine<D, B> {
         let mut state = lock(&self.state);
         // Queued records took effect in the image already; the snapshot has them, and they find
         // nothing to do when they are replayed from the new log.
-        let attempt = begin_log(&self.disk, next).and_then(|()| write_snapshot(&self.disk, next, &state.image));
+        let attempt =
+            begin_log(&self.disk, next).and_then(|()| write_snapshot(&self.disk, next, &state.image));
         match attempt {
             Ok(()) => {}
             // No room for a snapshot now: the old log goes on, and the next batch tries again.
@@ -517,7 +525,13 @@ impl<D: Disk, B: AsRef<[u8]>> Engine<D, B> {
         Ok(())
     }
 
-    fn read_blocks(&self, plan: &ReadPlan, first: usize, from: u64, out: &mut [u8]) -> Result<(), EngineError> {
+    fn read_blocks(
+        &self,
+        plan: &ReadPlan,
+        first: usize,
+        from: u64,
+        out: &mut [u8],
+    ) -> Result<(), EngineError> {
         if self.disk.read_data(from, out).is_err() {
             // One of them cannot be read; find out which by reading them one by one.
             for (i, block) in out.chunks_exact_mut(BLOCK_BYTES).enumerate() {

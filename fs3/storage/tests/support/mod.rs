@@ -396,7 +396,9 @@ impl TestClient {
                 }
             }
         };
-        tokio::time::timeout(Duration::from_secs(30), attempts).await.expect("the update goes through in time")
+        tokio::time::timeout(Duration::from_secs(30), attempts)
+            .await
+            .expect("the update goes through in time")
     }
 
     pub async fn write(&mut self, index: u32, offset: u32, bytes: &[u8]) -> sp::UpdateReply {
@@ -405,7 +407,13 @@ impl TestClient {
     }
 
     /// Reads from one target; asks again while the answer is retryable.
-    pub async fn read_at(&self, target: TargetId, index: u32, offset: u32, length: u32) -> Result<(sp::ReadReply, Vec<u8>), CallError> {
+    pub async fn read_at(
+        &self,
+        target: TargetId,
+        index: u32,
+        offset: u32,
+        length: u32,
+    ) -> Result<(sp::ReadReply, Vec<u8>), CallError> {
         let attempts = async {
             loop {
                 let request = sp::ReadRequest {
@@ -418,7 +426,8 @@ impl TestClient {
                     length,
                 };
                 let head = request.encode_to_vec();
-                match self.try_call::<sp::ReadReply>(target, method::READ, head, None, length as usize).await {
+                match self.try_call::<sp::ReadReply>(target, method::READ, head, None, length as usize).await
+                {
                     Ok((reply, data)) => {
                         assert_eq!(reply.crc32c, crc32c::crc32c(&data));
                         return Ok((reply, data));
@@ -445,7 +454,11 @@ impl TestClient {
         seen.unwrap()
     }
 
-    pub async fn call_head<R: Message + Default>(&self, method: u16, build: impl Fn(&Chain, TargetId) -> Vec<u8>) -> R {
+    pub async fn call_head<R: Message + Default>(
+        &self,
+        method: u16,
+        build: impl Fn(&Chain, TargetId) -> Vec<u8>,
+    ) -> R {
         let chain = self.manager.chain();
         let head = chain.in_state(PublicState::Serving).next().unwrap();
         self.try_call(head, method, build(&chain, head), None, 0).await.unwrap().0
