@@ -79,16 +79,16 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Shim { arguments } => firefly_agent::shim_main(arguments),
         Command::NativeTrain(args) => {
             native_train::run(&args)?;
-            return Ok(ExitCode::SUCCESS);
+            Ok(ExitCode::SUCCESS)
         }
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "ff", &mut std::io::stdout());
-            return Ok(ExitCode::SUCCESS);
+            Ok(ExitCode::SUCCESS)
         }
         Command::Man { dir } => {
             std::fs::create_dir_all(&dir)?;
             clap_mangen::generate_to(Cli::command(), &dir)?;
-            return Ok(ExitCode::SUCCESS);
+            Ok(ExitCode::SUCCESS)
         }
         command => {
             tracing_subscriber::fmt()

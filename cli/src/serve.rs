@@ -173,7 +173,8 @@ impl NodeConfig {
             node_id,
             scheduler: scheduler.to_string(),
             address: "127.0.0.1".to_owned(),
-            slots: None,
+            // Several agents share one machine's cores here, so that cores would say little.
+            slots: Some(8),
         });
         self
     }

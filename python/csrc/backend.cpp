@@ -29,9 +29,12 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <iomanip>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <set>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <utility>
@@ -447,12 +450,13 @@ void destroyComm(ffr_comm* comm) {
 // c10d's store as the core's bootstrap store. Used on the thread inside ffr_comm_create only.
 struct StoreBridge {
   c10::intrusive_ptr<c10d::Store> store;
+  std::string attempt; // comes before every key
   std::string error;
 
   static int32_t set(void* context, const char* key, const uint8_t* value, size_t length) {
     auto& self = *static_cast<StoreBridge*>(context);
     try {
-      self.store->set(key, std::vector<uint8_t>(value, value + length));
+      self.store->set(self.attempt + key, std::vector<uint8_t>(value, value + length));
       return 0;
     } catch (const std::exception& e) {
       self.error = firstLine(e.what());
@@ -467,8 +471,8 @@ struct StoreBridge {
     auto& self = *static_cast<StoreBridge*>(context);
     const auto deadline = steady_clock::now() + milliseconds(timeoutMs);
     try {
-      self.store->wait({key}, milliseconds(std::max<uint64_t>(timeoutMs, 1)));
-      const std::vector<uint8_t> value = self.store->get(key);
+      self.store->wait({self.attempt + key}, milliseconds(std::max<uint64_t>(timeoutMs, 1)));
+      const std::vector<uint8_t> value = self.store->get(self.attempt + key);
       *length = value.size();
       if (!value.empty()) memcpy(buffer, value.data(), std::min(capacity, value.size()));
       return 0;
@@ -487,6 +491,73 @@ struct StoreBridge {
     return all.substr(0, all.find('\n'));
   }
 };
+
+std::string randomName() {
+  std::random_device source;
+  std::ostringstream out;
+  for (int i = 0; i < 4; i++) out << std::hex << std::setw(8) << std::setfill('0') << source();
+  return out.str();
+}
+
+// A name for this forming of the group that no key of an earlier one can carry. torchrun keeps the
+// store and its keys across restarts, so what is found under a fixed key may be from a dead rank.
+// Every rank says hello with a fresh name; rank 0 answers under that name, again whenever the hello
+// changes, until every rank has shown that it knows the answer.
+std::string agreeOnAttempt(c10d::Store& store, const std::string& group, int rank, int size, milliseconds timeout) {
+  const auto deadline = steady_clock::now() + timeout;
+  const std::string mine = randomName();
+  if (size == 1) return mine + "/";
+  auto fail = [&](const std::string& what) {
+    C10_THROW_ERROR(
+        DistBackendError,
+        c10::str("rank ", rank, " of ", size, " in group \"", group, "\": the group could not be formed within ",
+                 timeout.count(), " ms: ", what));
+  };
+  auto helloKey = [](int r) { return "ffr/hello/" + std::to_string(r); };
+  auto answerKey = [](int r, const std::string& hello) { return "ffr/answer/" + std::to_string(r) + "/" + hello; };
+  auto seenKey = [](int r, const std::string& attempt) { return "ffr/seen/" + attempt + "/" + std::to_string(r); };
+  if (rank != 0) {
+    store.set(helloKey(rank), mine);
+    const std::string key = answerKey(rank, mine);
+    try {
+      store.wait({key}, timeout);
+    } catch (const std::exception& e) {
+      fail(std::string("no answer from rank 0 (the store said: ") + StoreBridge::firstLine(e.what()) + ")");
+    }
+    const std::string attempt = store.get_to_str(key);
+    store.set(seenKey(rank, attempt), std::string("1"));
+    return attempt + "/";
+  }
+  std::vector<std::string> answered(size);
+  std::set<int> missing;
+  for (int r = 1; r < size; r++) missing.insert(r);
+  auto pause = milliseconds(1);
+  while (true) {
+    for (auto it = missing.begin(); it != missing.end();) {
+      const int r = *it;
+      if (store.check({seenKey(r, mine)})) {
+        it = missing.erase(it);
+        continue;
+      }
+      if (store.check({helloKey(r)})) {
+        const std::string hello = store.get_to_str(helloKey(r));
+        if (hello != answered[r]) {
+          store.set(answerKey(r, hello), mine);
+          answered[r] = hello;
+        }
+      }
+      ++it;
+    }
+    if (missing.empty()) return mine + "/";
+    if (steady_clock::now() >= deadline) {
+      std::string names;
+      for (int r : missing) names += (names.empty() ? "" : ", ") + std::to_string(r);
+      fail("missing ranks: " + names);
+    }
+    std::this_thread::sleep_for(pause);
+    pause = std::min(pause * 2, milliseconds(20));
+  }
+}
 
 const char* interned(const std::string& text) { // profiler titles must outlive their events
   static std::mutex mutex;
@@ -543,7 +614,8 @@ class FireflyBackend : public c10d::Backend {
                  std::string name, const std::string& group)
       : Backend(rank, size), name_(std::move(name)), timeoutMs_(timeout.count()),
         shared_(std::make_shared<Shared>()) {
-    StoreBridge bridge{size > 1 ? store->clone() : store, {}};
+    StoreBridge bridge{size > 1 ? store->clone() : store, {}, {}};
+    bridge.attempt = agreeOnAttempt(*bridge.store, group, rank, size, timeout);
     const ffr_store callbacks{&bridge, &StoreBridge::set, &StoreBridge::get};
     ffr_config config{};
     config.struct_size = sizeof config;

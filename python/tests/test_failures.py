@@ -258,3 +258,26 @@ def test_a_rank_that_never_comes_is_a_timeout_of_the_group():
 
     kind, message, seconds = run(2, body, init=False)[0]
     assert kind in ("DistBackendError", "DistStoreError") and seconds < SOON, message
+
+
+def test_keys_of_a_dead_attempt_in_the_store_do_no_harm():
+    # torchrun keeps its store across restarts; so does the harness's parent across these runs.
+    from datetime import timedelta
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def body(rank, dies):
+        client = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        dist.init_process_group(
+            "ffreduce", store=client, rank=rank, world_size=2, timeout=timedelta(seconds=LONG)
+        )
+        dist.barrier()
+        if dies:
+            kill_self()
+        tensor = torch.ones(10)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    for _ in range(3):
+        run(2, lambda rank: body(rank, True), init=False, expect_killed=[0, 1])
+        assert run(2, lambda rank: body(rank, False), init=False) == [[2.0] * 10] * 2

@@ -405,7 +405,7 @@ impl World {
         let lease = me.lease_until;
         match me.apply(chain, self.target_options) {
             Err(why) => {
-                return self.truth.fail("a target's disk can be opened", format!("target {node}: {why}"));
+                self.truth.fail("a target's disk can be opened", format!("target {node}: {why}"));
             }
             Ok(view) => {
                 self.step(node, Event::Lease(lease));
