@@ -432,7 +432,7 @@ async fn the_library_and_a_mount_agree() {
     std::fs::write(mount.path().join("lib/g"), &data[..777_777]).unwrap();
     assert!(fs.read_file(&me, "/lib/g").await.unwrap() == data[..777_777]);
     assert_eq!(fs.remove_path(&me, "/lib", true).await.unwrap(), 4);
-    let free = rustix::fs::statvfs(&mount.path()).unwrap();
+    let free = rustix::fs::statvfs(mount.path()).unwrap();
     assert!(free.f_blocks > 0 && free.f_bfree <= free.f_blocks);
     fs.shutdown().await.unwrap();
 }
