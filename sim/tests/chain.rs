@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 fn seeds() -> std::ops::Range<u64> {
     // More on demand: FIREFLY_SIM_SEEDS=10000 cargo test -p firefly-sim
-    let count = std::env::var("FIREFLY_SIM_SEEDS").ok().and_then(|v| v.parse().ok()).unwrap_or(120);
+    let count = std::env::var("FIREFLY_SIM_SEEDS").ok().and_then(|v| v.parse().ok()).unwrap_or(300);
     0..count
 }
 
@@ -95,13 +95,16 @@ fn every_planted_bug_is_found() {
         Mutant::Machine(Mutation::CommitBeforeSuccessor),
         Mutant::Machine(Mutation::IgnoreLease),
         Mutant::Machine(Mutation::ServeUnresolved),
-        Mutant::Machine(Mutation::IgnoreCopyLock),
+        Mutant::Machine(Mutation::ServeHandedOver),
+        Mutant::Machine(Mutation::FillOmitsPending),
         Mutant::LyingDisk,
     ];
     for mutant in mutants {
-        let found = (0..400).find_map(|seed| {
-            let outcome = run(Options { mutant: Some(mutant), ..Options::seed(seed) });
-            outcome.violation.map(|v| (seed, v))
+        // Rare ones need many worlds; each round of seeds runs on all cores.
+        let found = (0..60).find_map(|round| {
+            let make = |seed| Options { mutant: Some(mutant), ..Options::seed(seed) };
+            let outcomes = run_all(round * 50..(round + 1) * 50, make);
+            outcomes.into_iter().find_map(|(seed, o)| o.violation.map(|v| (seed, v)))
         });
         match found {
             Some((seed, violation)) => println!("{mutant:?} found by seed {seed}: {violation}"),

@@ -44,11 +44,11 @@ const KEPT_BACK: [&str; 7] = [
 #[derive(clap::Args, Clone, Debug)]
 pub struct SpecArgs {
     /// Nodes that the job runs on, all or none
-    #[arg(short = 'n', long, default_value_t = 1, value_name = "NODES")]
+    #[arg(short = 'n', long, default_value_t = 1, value_name = "NODES", value_parser = clap::value_parser!(u32).range(1..))]
     pub nodes: u32,
 
     /// Processes (ranks) on each node; each takes one of the node's slots
-    #[arg(short = 'r', long, default_value_t = 1, value_name = "RANKS")]
+    #[arg(short = 'r', long, default_value_t = 1, value_name = "RANKS", value_parser = clap::value_parser!(u32).range(1..))]
     pub ranks_per_node: u32,
 
     /// Jobs of higher priority go first

@@ -335,7 +335,9 @@ impl World {
                     heartbeat.incarnation = 1;
                 }
                 let sent = heartbeat.sent;
-                self.manager.hear(node, &heartbeat, self.now);
+                if heartbeat.report.is_some() || !self.ignores_restarts {
+                    self.manager.hear(node, &heartbeat, self.now);
+                }
                 let chain = self.manager.chain.clone();
                 for delay in self.transit(self.cut_manager[node]) {
                     let chain = chain.clone();

@@ -1,3 +1,4 @@
+#![allow(unreachable_pub, reason = "a module of test fakes, included by several tests")]
 //! A cluster in memory: a manager over gRPC, a meta server and storage targets as net services,
 //! with faults that tests inject.
 #![allow(dead_code, reason = "each test file uses a part")]

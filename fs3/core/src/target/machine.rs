@@ -20,8 +20,10 @@ pub enum Mutation {
     IgnoreLease,
     /// A tail serves the committed version though the pending one may have been committed.
     ServeUnresolved,
-    /// An update that finds the chunk being copied does not wait for the copy.
-    IgnoreCopyLock,
+    /// A tail serves what a target that it fills may have replaced, being promoted meanwhile.
+    ServeHandedOver,
+    /// Filling a target leaves out chunks that were pending when it began.
+    FillOmitsPending,
 }
 
 /// Longer than any message along the chain can be under way: its call has a time-out of a few
@@ -278,7 +280,9 @@ impl<B: Clone> Target<B> {
         }
         // A target that is being filled has it already, and may have become the tail without this
         // one knowing yet.
-        let filled = pending.passed && matches!(successor, Successor::Syncing(_));
+        let filled = pending.passed
+            && matches!(successor, Successor::Syncing(_))
+            && self.options.mutation != Some(Mutation::ServeHandedOver);
         let unsettled = pending.may_be_committed || filled;
         if unsettled && self.options.mutation != Some(Mutation::ServeUnresolved) {
             return Err(error(
@@ -486,8 +490,7 @@ impl<B: Clone> Target<B> {
     pub(super) fn start_next(&mut self, chunk: ChunkId) {
         loop {
             let Some(active) = self.active.get_mut(&chunk) else { return };
-            let copying = matches!(active.copy, Some(Out::Reading(_) | Out::Sent(_)))
-                && self.options.mutation != Some(Mutation::IgnoreCopyLock);
+            let copying = matches!(active.copy, Some(Out::Reading(_) | Out::Sent(_)));
             if active.pending.is_some() || copying {
                 return;
             }
@@ -586,7 +589,8 @@ impl<B: Clone> Target<B> {
         for reply in pending.clients.into_iter().chain(pending.upstream) {
             self.reply(reply, Ok(Answer::Updated(meta)));
         }
-        self.settled_for_fill(chunk, pending.down.is_some());
+        let reached = pending.down.is_some() || self.options.mutation == Some(Mutation::FillOmitsPending);
+        self.settled_for_fill(chunk, reached);
         self.after_pending(chunk);
     }
 
@@ -691,7 +695,8 @@ impl<B: Clone> Target<B> {
         if let Role::Serving { successor: Successor::Syncing(to), .. } = role {
             // What is pending counts too: it may turn out to be committed without passing through
             // here again (a copy that was still being written, an answer from the predecessor).
-            let pending = self.active.iter().filter(|(_, a)| a.pending.is_some());
+            let counts = self.options.mutation != Some(Mutation::FillOmitsPending);
+            let pending = self.active.iter().filter(|(_, a)| a.pending.is_some() && counts);
             let chunks = self.committed.keys().chain(pending.map(|(chunk, _)| chunk));
             self.fill = Some(Fill::new(to, chunks.copied()));
         }
