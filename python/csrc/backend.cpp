@@ -86,6 +86,9 @@ std::exception_ptr asException(ffr_status status, const std::string& message) {
       return std::make_exception_ptr(c10::ValueError(here, message));
     case FFR_ERR_UNSUPPORTED:
       return std::make_exception_ptr(c10::NotImplementedError(here, message));
+    case FFR_ERR_TIMEOUT:
+      return std::make_exception_ptr(c10::DistBackendError(
+          here, message + "; if they are only slow, raise the timeout of init_process_group or new_group"));
     default:
       return std::make_exception_ptr(c10::DistBackendError(here, message));
   }
@@ -875,6 +878,8 @@ class FireflyBackend : public c10d::Backend {
       }
       return;
     }
+    if (limit.count() <= 0)
+      C10_THROW_ERROR(DistBackendError, c10::str("Rank 0 timed out in monitoredBarrier after ", limit.count(), " ms."));
     std::vector<int> missing;
     std::string cause;
     std::vector<std::pair<int, c10::intrusive_ptr<c10d::Work>>> reports;

@@ -9,10 +9,6 @@ import torch.distributed as dist
 
 NAME = "ffreduce"
 
-# What torch knows under these names; anything else becomes a custom backend.
-_TYPES = dist.ProcessGroup.BackendType
-_KNOWN_TYPES = {"nccl": _TYPES.NCCL, "gloo": _TYPES.GLOO, "ucc": _TYPES.UCC, "mpi": _TYPES.MPI, "xccl": _TYPES.XCCL}
-
 
 def _native():
     """The compiled part, loaded at the first group and not before: it is tied to one torch version."""
@@ -70,9 +66,9 @@ def install_as(*names: str) -> None:
         name = name.lower()
         if not name.isidentifier():
             raise ValueError(f"{name!r} cannot be the name of a torch.distributed backend")
-        dist.Backend.register_backend(
-            name, _creator(name), extended_api=True, devices=["cpu"], _backend_type=_KNOWN_TYPES.get(name)
-        )
+        # As a custom backend, whatever the name: for the types GLOO and NCCL torch casts to its own
+        # classes (DDP's logger) and makes device tensors (barrier).
+        dist.Backend.register_backend(name, _creator(name), extended_api=True, devices=["cpu"])
 
 
 def stats(group: dist.ProcessGroup | None = None) -> dict:

@@ -176,6 +176,8 @@ for name in names.split(","):
     tensor = torch.ones(10)
     dist.all_reduce(tensor)
     assert tensor.tolist() == [2.0] * 10 and dist.get_backend() == name
+    dist.barrier()
+    torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))(torch.ones(1, 4)).sum().backward()
     print(type(dist.group.WORLD._get_backend(torch.device("cpu"))).__name__)
     if name != names.split(",")[-1]:  # the last one is left as it is, as many trainers do
         dist.destroy_process_group()
