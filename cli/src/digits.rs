@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Pixels of one image.
 pub const PIXELS: usize = 64;
@@ -17,6 +18,8 @@ const HOLD_OUT: usize = 5;
 /// First bytes of the packed file; the number is the format's version.
 const MAGIC: &[u8; 8] = b"FFDIGIT1";
 const SAMPLE_BYTES: usize = PIXELS + 1;
+/// Files that are written at a time.
+const WRITERS: usize = 16;
 
 /// One image and what it shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,18 +83,36 @@ pub fn parse_csv_gz(path: &Path) -> Result<Vec<Sample>> {
 }
 
 /// Writes the samples below `dir`: `train/` and `test/` with a file per sample, and `packed.bin`.
-pub fn write(samples: &[Sample], dir: &Path, mut progress: impl FnMut(usize)) -> Result<()> {
+/// Calls `progress` with the number of files written, from several threads.
+pub fn write(samples: &[Sample], dir: &Path, progress: impl Fn(usize) + Sync) -> Result<()> {
     for part in ["train", "test"] {
         fs::create_dir_all(dir.join(part))?;
     }
+    // A new file on a distributed file system is a round trip or two: many at a time.
+    let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let write_some = || -> Result<()> {
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            let Some(sample) = samples.get(i) else { return Ok(()) };
+            let part = if i % HOLD_OUT == 0 { "test" } else { "train" };
+            let path = dir.join(part).join(format!("{i:04}.bin"));
+            fs::write(&path, sample.to_bytes())
+                .with_context(|| format!("cannot write {}", path.display()))?;
+            progress(done.fetch_add(1, Ordering::Relaxed) + 1);
+        }
+    };
+    std::thread::scope(|scope| -> Result<()> {
+        let writers: Vec<_> = (0..WRITERS).map(|_| scope.spawn(write_some)).collect();
+        for writer in writers {
+            writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        }
+        Ok(())
+    })?;
     let mut packed = Vec::with_capacity(16 + samples.len() * SAMPLE_BYTES);
     packed.extend_from_slice(MAGIC);
     packed.extend_from_slice(&(samples.len() as u64).to_le_bytes());
-    for (i, sample) in samples.iter().enumerate() {
-        let part = if i % HOLD_OUT == 0 { "test" } else { "train" };
-        fs::write(dir.join(part).join(format!("{i:04}.bin")), sample.to_bytes())?;
+    for sample in samples {
         packed.extend_from_slice(&sample.to_bytes());
-        progress(i + 1);
     }
     let mut file = fs::File::create(dir.join("packed.bin"))?;
     file.write_all(&packed)?;

@@ -215,8 +215,9 @@ impl File {
             let (index, offset) = plan.layout.locate(number * block)?;
             Ok((plan.chunk(index), plan.layout.chain_of(index), offset))
         };
-        for (number, cell, ahead) in &blocks {
-            if *ahead {
+        // All but the first in the background: those ahead, and the rest of a long read.
+        for (number, cell, _) in blocks.iter().skip(1) {
+            if !cell.initialized() {
                 let (chunk, chain, offset) = place(*number)?;
                 let (cell, shared) = (cell.clone(), shared.clone());
                 shared.runtime.clone().spawn(async move {

@@ -196,6 +196,12 @@ impl Fs3 {
         }
     }
 
+    /// Attributes that a server sent, as this client sees them: with what has been written to the
+    /// file here and is not published yet.
+    pub fn as_seen(&self, attr: Inode) -> Inode {
+        self.view(attr)
+    }
+
     /// The inode that `name` in `parent` leads to.
     pub async fn lookup(&self, who: &Credentials, parent: u64, name: &[u8]) -> Result<Inode, FsError> {
         check_name(name)?;

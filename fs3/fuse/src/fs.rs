@@ -15,7 +15,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
@@ -39,6 +39,7 @@ pub(crate) struct Core {
     runtime: tokio::runtime::Handle,
     notifier: OnceLock<Notifier>,
     running: AtomicUsize,
+    changes: AtomicU64,
 }
 
 impl Core {
@@ -52,12 +53,23 @@ impl Core {
             runtime,
             notifier: OnceLock::new(),
             running: AtomicUsize::new(0),
+            changes: AtomicU64::new(0),
         }
     }
 
     pub(crate) fn set_notifier(&self, notifier: Notifier) {
         // Set once, by the one call of `mount`.
         let _ = self.notifier.set(notifier);
+    }
+
+    /// Something that a listing shows has changed through this mount.
+    pub(crate) fn changed_here(&self) {
+        self.changes.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// How many changes there were.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
     }
 
     /// No operation runs.
@@ -346,7 +358,8 @@ impl Filesystem for MountFs {
 
     fn flush(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
         let Some(file) = self.0.files.get(fh.0) else { return reply.error(Errno::EBADF) };
-        self.0.run(async move { crate::io::answer(file.flush().await, reply) });
+        let core = self.core();
+        self.0.run(async move { core.flush(&file, reply).await });
     }
 
     fn release(
@@ -360,7 +373,8 @@ impl Filesystem for MountFs {
         reply: ReplyEmpty,
     ) {
         let Some(file) = self.0.files.remove(fh.0) else { return reply.error(Errno::EBADF) };
-        self.0.run(async move { crate::io::answer(file.close().await, reply) });
+        let core = self.core();
+        self.0.run(async move { core.release(&file, reply).await });
     }
 
     fn fsync(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {

@@ -45,4 +45,14 @@ pub(crate) struct Listed {
     pub(crate) entries: Vec<Entry>,
     pub(crate) end: bool,
     pub(crate) parent: u64,
+    /// The last page: from which entry on, and when it was fetched.
+    pub(crate) page_from: usize,
+    pub(crate) fetched: Option<Fetched>,
+}
+
+/// When a page was fetched, in time and in changes made through this mount.
+#[derive(Clone, Copy)]
+pub(crate) struct Fetched {
+    pub(crate) at: std::time::Instant,
+    pub(crate) changes: u64,
 }

@@ -79,6 +79,7 @@ impl Core {
         match self.fs.open(&caller.credentials(), id, open_mode(flags)).await {
             Ok((inode, file)) => {
                 if flags & libc::O_TRUNC != 0 {
+                    self.changed_here();
                     self.known.changed(id);
                 }
                 let answer = self.opened(&inode, flags);
@@ -100,6 +101,7 @@ impl Core {
         let exclusive = flags & libc::O_EXCL != 0;
         match self.fs.create(&caller.credentials(), parent, name, mode, exclusive, open_mode(flags)).await {
             Ok((inode, file)) => {
+                self.changed_here();
                 let attr = self.tell(&inode);
                 let answer = self.opened(&inode, flags);
                 let handle = FileHandle(self.files.add(file));
@@ -107,6 +109,24 @@ impl Core {
             }
             Err(error) => reply.error(errno(&error)),
         }
+    }
+
+    /// Close of one descriptor.
+    pub(crate) async fn flush(&self, file: &File, reply: ReplyEmpty) {
+        let result = file.flush().await;
+        if file.writable() {
+            self.changed_here();
+        }
+        answer(result, reply);
+    }
+
+    /// Close of the last one.
+    pub(crate) async fn release(&self, file: &File, reply: ReplyEmpty) {
+        let result = file.close().await;
+        if file.writable() {
+            self.changed_here();
+        }
+        answer(result, reply);
     }
 
     #[allow(clippy::too_many_arguments, reason = "one request's fields")]
@@ -165,6 +185,7 @@ impl Core {
         } else {
             file.extend(offset.saturating_add(length)).await
         };
+        self.changed_here();
         self.known.changed(id);
         answer(result, reply);
     }

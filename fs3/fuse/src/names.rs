@@ -3,22 +3,27 @@
 use crate::attr::{attr, errno, kind};
 use crate::caller::Caller;
 use crate::fs::Core;
-use crate::handles::{Dir, Listed};
+use crate::handles::{Dir, Fetched, Listed};
 use crate::io::answer;
 use firefly_types::ErrorKind;
-use fs3_client::{Credentials, FsError, Inode, NewNode, SetAttr};
+use fs3_client::{Credentials, Entry, FsError, Inode, InodeKind, NewNode, SetAttr};
 use fuser::{
     Errno, FileType, Generation, INodeNo, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
     ReplyEmpty, ReplyEntry, ReplyStatfs, ReplyXattr,
 };
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
+use std::time::{Duration, Instant};
 
 /// Block size in answers to statfs.
 const STATFS_BLOCK: u32 = 4096;
 
 /// Entries of a directory fetched at once.
 const PAGE: u32 = 500;
+
+/// As [`PAGE`], where the directory's files change while it is read, so that most would be fetched
+/// in vain: what one of the kernel's requests takes.
+const SMALL_PAGE: u32 = 40;
 
 /// Extended attributes that the mount does not offer, and for which nobody is asked: capabilities
 /// of files, and ACLs, which would be kept and not obeyed.
@@ -94,7 +99,9 @@ impl Core {
     // The meta server knows what its rules say of who has the file open for writing, and that a
     // writer without privilege takes set-id bits away.
     pub(crate) async fn setattr(&self, caller: Caller, id: u64, change: SetAttr, reply: ReplyAttr) {
-        match self.fs.setattr(&caller.credentials(), id, &change).await {
+        let changed = self.fs.setattr(&caller.credentials(), id, &change).await;
+        self.changed_here();
+        match changed {
             Ok(inode) => {
                 if change.length.is_some() {
                     self.known.changed(id);
@@ -120,7 +127,9 @@ impl Core {
         node: NewNode,
         reply: ReplyEntry,
     ) {
-        self.entry(self.fs.make(&caller.credentials(), parent, name, &node).await, reply);
+        let made = self.fs.make(&caller.credentials(), parent, name, &node).await;
+        self.changed_here();
+        self.entry(made, reply);
     }
 
     pub(crate) async fn unlink(
@@ -131,7 +140,9 @@ impl Core {
         directory: bool,
         reply: ReplyEmpty,
     ) {
-        answer(self.fs.unlink(&caller.credentials(), parent, name, directory).await, reply);
+        let removed = self.fs.unlink(&caller.credentials(), parent, name, directory).await;
+        self.changed_here();
+        answer(removed, reply);
     }
 
     pub(crate) async fn rename(
@@ -145,23 +156,45 @@ impl Core {
         if flags & !(libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE) != 0 {
             return reply.error(Errno::EINVAL);
         }
-        answer(self.fs.rename(&caller.credentials(), from, to, flags).await, reply);
+        let renamed = self.fs.rename(&caller.credentials(), from, to, flags).await;
+        self.changed_here();
+        answer(renamed, reply);
     }
 
     pub(crate) async fn link(&self, caller: Caller, id: u64, parent: u64, name: &[u8], reply: ReplyEntry) {
-        self.entry(self.fs.link(&caller.credentials(), id, parent, name).await, reply);
+        let linked = self.fs.link(&caller.credentials(), id, parent, name).await;
+        self.changed_here();
+        self.entry(linked, reply);
     }
 
     /// Makes sure that entry `index` of the directory is listed, if there is one.
-    async fn list_to(&self, dir: &Dir, listed: &mut Listed, index: usize) -> Result<(), FsError> {
+    async fn list_to(&self, dir: &Dir, listed: &mut Listed, index: usize, plus: bool) -> Result<(), FsError> {
+        let mut limit = PAGE;
+        if plus && index < listed.entries.len() && !self.page_is_fresh(listed, index) {
+            // Attributes that the kernel is told must not be older than what this mount did.
+            listed.entries.truncate(index);
+            listed.end = false;
+            limit = SMALL_PAGE;
+        }
         while !listed.end && (listed.entries.len() <= index || listed.parent == 0) {
+            let fetched = Fetched { at: Instant::now(), changes: self.changes() };
             let cursor = listed.entries.last().map(|e| e.cursor.clone()).unwrap_or_default();
-            let page = self.fs.readdir(&Credentials::ROOT, dir.id, &cursor, PAGE, true).await?;
+            let page = self.fs.readdir(&Credentials::ROOT, dir.id, &cursor, limit, plus).await?;
+            listed.page_from = listed.entries.len();
+            listed.fetched = Some(fetched);
             listed.entries.extend(page.entries);
             listed.end = page.end;
             listed.parent = page.parent.max(1);
         }
         Ok(())
+    }
+
+    fn page_is_fresh(&self, listed: &Listed, index: usize) -> bool {
+        let attributes = listed.entries.get(index).is_some_and(|e| e.inode.is_some());
+        let recent = listed
+            .fetched
+            .is_some_and(|f| f.changes == self.changes() && f.at.elapsed() < self.options.attr_ttl);
+        attributes && recent && index >= listed.page_from
     }
 
     /// Calls `add` for each entry from `offset` on until it says that the answer is full. An entry
@@ -170,6 +203,7 @@ impl Core {
         &self,
         dir: &Dir,
         offset: u64,
+        plus: bool,
         mut add: impl FnMut(u64, u64, &OsStr, Option<&fs3_client::Entry>) -> bool,
     ) -> Result<(), FsError> {
         let mut listed = dir.listed.lock().await;
@@ -179,7 +213,7 @@ impl Core {
         }
         for position in offset.. {
             let index = usize::try_from(position).unwrap_or(usize::MAX);
-            self.list_to(dir, &mut listed, index.saturating_sub(2)).await?;
+            self.list_to(dir, &mut listed, index.saturating_sub(2), plus).await?;
             let full = match index {
                 0 => add(dir.id, 1, OsStr::new("."), None),
                 1 => add(listed.parent, 2, OsStr::new(".."), None),
@@ -199,7 +233,7 @@ impl Core {
 
     pub(crate) async fn readdir(&self, dir: &Dir, offset: u64, mut reply: ReplyDirectory) {
         let result = self
-            .each_entry(dir, offset, |id, next, name, entry| {
+            .each_entry(dir, offset, false, |id, next, name, entry| {
                 let kind = entry.map_or(FileType::Directory, |e| kind(e.kind()));
                 reply.add(INodeNo(id), next, kind, name)
             })
@@ -211,24 +245,20 @@ impl Core {
     }
 
     pub(crate) async fn readdirplus(&self, dir: &Dir, offset: u64, mut reply: ReplyDirectoryPlus) {
-        let ttl = self.options.attr_ttl.min(self.options.entry_ttl);
         let result = self
-            .each_entry(dir, offset, |id, next, name, entry| {
-                let bare = |kind: i32| Inode { inode_id: id, kind, ..Inode::default() };
-                let attr = match entry {
-                    Some(entry) => match &entry.inode {
-                        Some(inode) => {
-                            // Listed attributes may be a page old: they are told for the
-                            // directory's sake, not as news about a file that is open here.
-                            attr(inode)
-                        }
-                        None => attr(&bare(entry.kind)),
-                    },
-                    None => attr(&bare(fs3_client::InodeKind::Directory.into())),
+            .each_entry(dir, offset, true, |id, next, name, entry| {
+                let (attr, ttl) = match entry {
+                    // What a file that is open here has become since it was listed counts.
+                    Some(Entry { inode: Some(inode), .. }) => {
+                        (self.tell(&self.fs.as_seen(inode.clone())), self.options.attr_ttl)
+                    }
+                    // Of "." and ".." the kernel takes name and number only.
+                    other => {
+                        let kind = other.map_or(InodeKind::Directory.into(), |e| e.kind);
+                        (attr(&Inode { inode_id: id, kind, ..Inode::default() }), Duration::ZERO)
+                    }
                 };
-                let ttl =
-                    if entry.is_some_and(|e| e.inode.is_some()) { ttl } else { std::time::Duration::ZERO };
-                reply.add(INodeNo(id), next, name, &ttl, &attr, Generation(0))
+                reply.add(INodeNo(id), next, name, &ttl.min(self.options.entry_ttl), &attr, Generation(0))
             })
             .await;
         match result {
@@ -270,7 +300,9 @@ impl Core {
         if xattr_not_offered(name) {
             return reply.error(Errno::EOPNOTSUPP);
         }
-        answer(self.fs.setxattr(&caller.credentials(), id, name, value, flags).await, reply);
+        let set = self.fs.setxattr(&caller.credentials(), id, name, value, flags).await;
+        self.changed_here();
+        answer(set, reply);
     }
 
     pub(crate) async fn getxattr(&self, caller: Caller, id: u64, name: &[u8], size: u32, reply: ReplyXattr) {
@@ -301,6 +333,8 @@ impl Core {
         if xattr_not_offered(name) {
             return reply.error(Errno::EOPNOTSUPP);
         }
-        answer(self.fs.removexattr(&caller.credentials(), id, name).await, reply);
+        let removed = self.fs.removexattr(&caller.credentials(), id, name).await;
+        self.changed_here();
+        answer(removed, reply);
     }
 }

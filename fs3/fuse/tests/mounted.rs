@@ -293,6 +293,11 @@ fd = os.open('log', os.O_WRONLY); os.write(fd, b'z'); os.utime('log', ns=(1, 2))
 # Many entries, listed while they are removed.
 os.mkdir('many')
 for i in range(1500): open('many/%d' % i, 'w').close()
+# Sizes that change behind a listing that has begun.
+it = os.scandir('many'); next(it)
+for i in range(0, 1500, 7):
+    with open('many/%d' % i, 'w') as f: f.write('x' * (i + 1))
+print([e.name for e in it if int(e.name) % 7 == 0 and e.stat().st_size != int(e.name) + 1])
 print(len(os.listdir('many'))); n = 0
 for e in os.scandir('many'): os.unlink(e.path); n += 1
 print(n, os.listdir('many'))
