@@ -16,12 +16,15 @@ The split is fixed (every fifth sample is held out), so accuracies of different 
 
 import argparse
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 SIDE = 8
 LEVELS = 16
+WRITERS = 16
 
 
 def load(csv: str | None) -> tuple[np.ndarray, np.ndarray]:
@@ -72,15 +75,24 @@ def main() -> None:
     if not args.packed_only:
         for part in ("train", "test"):
             (args.out / part).mkdir(exist_ok=True)
-        for index, (row, label, held_out) in enumerate(zip(pixels, labels, split)):
-            path = args.out / ("test" if held_out else "train") / f"{index:05d}_{label}.pgm"
-            path.write_bytes(f"P5 {SIDE} {SIDE} {LEVELS}\n".encode() + row.tobytes())
-            count += 1
+
+        def write_image(index: int) -> None:
+            path = args.out / ("test" if split[index] else "train") / f"{index:05d}_{labels[index]}.pgm"
+            path.write_bytes(f"P5 {SIDE} {SIDE} {LEVELS}\n".encode() + pixels[index].tobytes())
+
+        # A new file on a distributed file system is a round trip or two: many at a time.
+        with ThreadPoolExecutor(WRITERS) as pool:
+            for _ in pool.map(write_image, range(len(labels))):
+                count += 1
+                if sys.stderr.isatty() and count % 50 == 0:
+                    print(f"\r  {count}/{len(labels)} files", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
     # The packed files come last: where they are, the data set is whole.
     write_file(args.out / "labels.npy", npy(labels))
     write_file(args.out / "split.npy", npy(split))
     write_file(args.out / "digits.npy", npy(pixels))
-    print(f"{len(labels)} digits in {args.out}: digits.npy and {count} image files", flush=True)
+    print(f"  {len(labels)} digits in {args.out}: digits.npy and {count} image files", flush=True)
 
 
 if __name__ == "__main__":
