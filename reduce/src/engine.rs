@@ -16,11 +16,17 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// How often time and life are looked at while things move; a deadline is looked at when it comes.
+const TICK: Duration = Duration::from_millis(20);
 /// A waiting operation asks its missing peers what they are doing after this long.
 const PROBE_AFTER: Duration = Duration::from_millis(100);
 /// A link that ends without a word condemns its rank only after this long: the cause may be
 /// another rank's death, of which the ranks that fail because of it tell first.
 const VERDICT_AFTER: Duration = Duration::from_millis(150);
+/// Links of a broken group stay open this long, so that peers read why it broke before they see
+/// the end of the connection. Nobody drives them any more, and a link touches memory only while
+/// it is driven.
+const LINGER: Duration = Duration::from_millis(500);
 /// Signs of life on links to other nodes.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(250);
 
@@ -90,8 +96,10 @@ pub(crate) struct Engine {
     p2p: HashMap<u64, ActiveP2p>,
     next_p2p: u64,
     finished: Vec<(Arc<OpState>, Result<(), ReduceError>)>,
-    lost_at: Option<Instant>,
+    /// The links of a broken group and when they go; see [`LINGER`].
+    lingering: Option<(Wire, Instant)>,
     last_heartbeat: Instant,
+    last_tick: Instant,
     pub(crate) failure: Option<ReduceError>,
     reduced_bytes: u64,
 }
@@ -123,8 +131,9 @@ impl Engine {
             p2p: HashMap::new(),
             next_p2p: 1,
             finished: Vec::new(),
-            lost_at: None,
+            lingering: None,
             last_heartbeat: now,
+            last_tick: now,
             failure: None,
             reduced_bytes: 0,
         }
@@ -157,7 +166,15 @@ impl Engine {
         match plan {
             Plan::Collective { descriptor, body } => {
                 let sequence = op.sequence;
-                let issued = wire.issue(sequence, descriptor);
+                let mut issued = wire.issue(sequence, descriptor);
+                if let Some(segment) = &self.segment {
+                    segment.announce(sequence, &descriptor);
+                    for (rank, theirs) in &self.local_peers {
+                        if let Some(theirs) = theirs.issued_as(sequence) {
+                            issued = issued.and(wire.compare(sequence, &descriptor, *rank, &theirs));
+                        }
+                    }
+                }
                 self.collectives.push_back(Active {
                     sequence,
                     descriptor,
@@ -281,10 +298,19 @@ impl Engine {
         Ok(moved)
     }
 
-    /// Time and life: timeouts, probes, heartbeats, deaths. Called now and then by the progress
-    /// thread.
+    /// Time and life: timeouts, probes, heartbeats, deaths. Cheap to call often: it looks every
+    /// [`TICK`].
     pub(crate) fn tick(&mut self, now: Instant) {
+        let since = now.saturating_duration_since(self.last_tick);
+        let due = since >= Duration::from_millis(1) && self.next_deadline().is_some_and(|d| now >= d);
+        if since < TICK && !due {
+            return;
+        }
+        self.last_tick = now;
         if self.failure.is_some() {
+            if self.lingering.as_ref().is_some_and(|(_, until)| now >= *until) {
+                self.lingering = None;
+            }
             return;
         }
         if let Err(error) = self.examine(now) {
@@ -293,11 +319,18 @@ impl Engine {
     }
 
     fn examine(&mut self, now: Instant) -> Result<(), ReduceError> {
-        self.read_notices()?;
+        if let Err(error) = self.read_notices() {
+            // What the failing peer had published before still counts.
+            while self.progress(now) {}
+            return if self.failure.is_some() { Ok(()) } else { Err(error) };
+        }
         if self.liveness {
             self.judge_lost(now)?;
         }
-        self.check_left()?;
+        self.check_left(now)?;
+        if self.failure.is_some() {
+            return Ok(());
+        }
         self.check_timeouts(now)?;
         self.probe(now);
         if self.has_remote_peers() && self.liveness {
@@ -337,6 +370,10 @@ impl Engine {
         if self.failure.is_some() {
             return;
         }
+        // It may have said why before it ended.
+        if let Err(error) = self.read_notices() {
+            return self.fail(error);
+        }
         let wire = self.wire.as_mut().expect("present until the group fails");
         if wire.standing(rank) == Some(&Standing::Present)
             || matches!(wire.standing(rank), Some(Standing::Lost(_)))
@@ -349,14 +386,9 @@ impl Engine {
         }
     }
 
-    fn judge_lost(&mut self, now: Instant) -> Result<(), ReduceError> {
+    fn judge_lost(&self, now: Instant) -> Result<(), ReduceError> {
         let wire = self.wire.as_ref().expect("present until the group fails");
-        let lost = (0..self.names.size).find_map(|r| match wire.standing(r) {
-            Some(Standing::Lost(why)) => Some((r, why.clone())),
-            _ => None,
-        });
-        let Some((rank, why)) = lost else { return Ok(()) };
-        let since = *self.lost_at.get_or_insert(now);
+        let Some((rank, since, why)) = wire.first_lost() else { return Ok(()) };
         if now.saturating_duration_since(since) < VERDICT_AFTER {
             return Ok(());
         }
@@ -366,16 +398,21 @@ impl Engine {
         })
     }
 
-    fn check_left(&self) -> Result<(), ReduceError> {
-        let wire = self.wire.as_ref().expect("present until the group fails");
-        let left = |r: &u32| wire.standing(*r) == Some(&Standing::Left);
+    /// A rank that this one waits for and that has left.
+    fn awaited_but_left(&self) -> Option<u32> {
+        let wire = self.wire.as_ref()?;
         let awaited = self.collectives.front().map(|f| f.body.missing(wire, self.arena.as_ref(), f.sequence));
-        let gone = awaited
-            .unwrap_or_default()
-            .into_iter()
-            .chain(self.p2p.values().filter_map(|p| p.peer))
-            .find(left);
-        match gone {
+        let others = self.p2p.values().filter_map(|p| p.peer);
+        awaited.into_iter().flatten().chain(others).find(|&r| wire.standing(r) == Some(&Standing::Left))
+    }
+
+    fn check_left(&mut self, now: Instant) -> Result<(), ReduceError> {
+        if self.awaited_but_left().is_none() {
+            return Ok(());
+        }
+        // It did all its part before it left; what came in may only not have been looked at.
+        while self.progress(now) {}
+        match self.awaited_but_left() {
             Some(rank) => Err(ReduceError::Aborted {
                 detail: format!("rank {rank} has left the group (destroyed it) without doing its part"),
             }),
@@ -462,11 +499,15 @@ impl Engine {
             wire.tell_failure(&error, dead);
             wire.flush_failure();
         }
+        if self.has_remote_peers() {
+            self.lingering = self.wire.take().map(|wire| (wire, Instant::now() + LINGER));
+        }
         self.end(error);
     }
 
     /// Ends the group quietly: peers have been told that this rank leaves.
     pub(crate) fn close(&mut self) {
+        self.lingering = None;
         if self.failure.is_none() {
             self.end(ReduceError::Aborted { detail: format!("{} was closed", self.names.us()) });
         }
@@ -506,6 +547,9 @@ impl Engine {
     /// Whether all that was sent has arrived.
     pub(crate) fn parted(&mut self, now: Instant) -> bool {
         self.progress(now);
+        if let Some((_, until)) = &self.lingering {
+            return now >= *until;
+        }
         self.wire.as_ref().is_none_or(|w| w.bye_confirmed() && w.flushed())
     }
 
@@ -520,12 +564,12 @@ impl Engine {
     /// Time until something must be looked at even if nothing happens.
     pub(crate) fn patience(&self, now: Instant) -> Duration {
         let most = Duration::from_millis(if self.busy() { 50 } else { 100 });
-        let deadlines = self
-            .collectives
-            .iter()
-            .map(|c| c.submitted + c.timeout)
-            .chain(self.p2p.values().map(|p| p.submitted + p.timeout));
-        deadlines.map(|d| d.saturating_duration_since(now)).min().unwrap_or(most).min(most)
+        self.next_deadline().map_or(most, |d| d.saturating_duration_since(now).min(most))
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let collectives = self.collectives.iter().map(|c| c.submitted + c.timeout);
+        collectives.chain(self.p2p.values().map(|p| p.submitted + p.timeout)).min()
     }
 
     /// Input bytes that kernels have reduced.

@@ -76,7 +76,7 @@ impl ReduceError {
             Self::Bootstrap { .. } => ErrorKind::Unavailable,
             Self::PeerDied { .. } => ErrorKind::Disconnected,
             Self::Timeout { .. } => ErrorKind::Timeout,
-            Self::Mismatch { .. } => ErrorKind::Busy,
+            Self::Mismatch { .. } => ErrorKind::InvalidArgument,
             Self::Protocol { .. } => ErrorKind::Corrupt,
             Self::Aborted { .. } => ErrorKind::Cancelled,
             Self::System { .. } => ErrorKind::Internal,

@@ -13,13 +13,16 @@ use crate::shm::segment::Segment;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long a waiting thread spins without anything moving before it sleeps.
+/// How long a waiting thread looks again and again without anything moving before it sleeps.
 const SPIN: Duration = Duration::from_micros(100);
+/// After this long it gives its core away between looks: the rank it waits for may need it.
+const SPIN_ALONE: Duration = Duration::from_micros(10);
 /// Operations up to this size are tried once inside submit, where the caller allows it.
 const INLINE_BYTES: usize = 64 << 10;
 /// How long a group that is closed waits for its peers to have everything.
@@ -224,10 +227,21 @@ impl Group {
     fn step(&self, engine: &mut Engine) -> bool {
         let items = std::mem::take(&mut lock(&self.queue).items);
         let any = !items.is_empty();
-        for item in items {
-            engine.accept(item);
-        }
-        engine.progress(Instant::now()) || any
+        let now = Instant::now();
+        // A panic of ours must not leave operations, and those who wait for them, hanging.
+        let moved = catch_unwind(AssertUnwindSafe(|| {
+            for item in items {
+                engine.accept(item);
+            }
+            let moved = engine.progress(now);
+            engine.tick(now);
+            moved
+        }));
+        moved.unwrap_or_else(|_| {
+            engine
+                .fail(ReduceError::System { detail: "a bug in firefly-reduce: its engine panicked".into() });
+            true
+        }) || any
     }
 
     /// Lets the engine go and tells the owners of completed operations.
@@ -296,6 +310,7 @@ impl Group {
     fn spin(&self, op: &OpState, until: Option<Instant>) {
         let mut idle_since = Instant::now();
         let mut rounds = 0u32;
+        let mut polite = false;
         while !op.is_complete() {
             let mut moved = false;
             if let Some(mut engine) = self.try_engine() {
@@ -304,16 +319,23 @@ impl Group {
             }
             if moved {
                 idle_since = Instant::now();
+                polite = false;
+                continue;
+            }
+            if polite {
+                std::thread::yield_now();
             } else {
                 std::hint::spin_loop();
-                rounds += 1;
-                // Looking at the clock costs as much as several rounds.
-                if rounds.is_multiple_of(16) {
-                    let now = Instant::now();
-                    if now.saturating_duration_since(idle_since) >= SPIN || until.is_some_and(|u| now >= u) {
-                        return;
-                    }
+            }
+            rounds += 1;
+            // Looking at the clock costs as much as several rounds.
+            if polite || rounds.is_multiple_of(16) {
+                let now = Instant::now();
+                let idle = now.saturating_duration_since(idle_since);
+                if idle >= SPIN || until.is_some_and(|u| now >= u) {
+                    return;
                 }
+                polite = idle >= SPIN_ALONE;
             }
         }
     }
@@ -370,8 +392,6 @@ impl Group {
             while self.step(&mut engine) && rounds < 64 {
                 rounds += 1;
             }
-            let now = Instant::now();
-            engine.tick(now);
             if self.stop.load(Ordering::Acquire) {
                 self.part(engine);
                 return;
@@ -387,7 +407,7 @@ impl Group {
                 continue;
             }
             engine.poll_fds(!spun, &mut link_fds);
-            let patience = engine.patience(now);
+            let patience = engine.patience(Instant::now());
             let watched: Vec<(u32, Arc<OwnedFd>)> =
                 engine.watches.iter().map(|w| (w.rank, w.process.clone())).collect();
             self.deliver(engine);

@@ -43,8 +43,11 @@ impl OpState {
         if let Some(callback) = callback {
             callback(&outcome);
         }
-        *lock(&self.outcome) = Some(outcome);
+        let mut slot = lock(&self.outcome);
+        *slot = Some(outcome);
+        // Inside the lock: who sees the outcome sees the flag.
         self.complete.store(true, Ordering::Release);
+        drop(slot);
         self.wake.notify_all();
     }
 

@@ -5,26 +5,28 @@
 //!   not there yet. A larger one waits for the receiver's Clear, which it sends as soon as its
 //!   memory is posted. So a message at the head of a link never blocks those behind it.
 //! * Point-to-point messages match by (sender, tag) in issue order, apart from collectives; small
-//!   ones are sent at once (at most [`EAGER_CREDIT`] unmatched ones per peer), others are offered.
+//!   ones are sent at once (at most [`p2p::EAGER_CREDIT`] unmatched ones per peer), others are offered.
 //! * Every message of a collective carries the operation's [`Descriptor`]; it is compared with
 //!   what this rank issued, or will issue, at that place of the sequence.
 
+mod p2p;
+mod peers;
+
 use crate::ReduceError;
 use crate::header::{Descriptor, Header, MessageKind};
-use crate::link::{Completion, Link, LinkError};
+use crate::link::{Completion, Link};
+use p2p::{PostedP2p, UnexpectedP2p};
+pub(crate) use peers::Standing;
+use peers::lose;
 use std::collections::{HashMap, VecDeque};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Largest message sent without asking.
 pub(crate) const EAGER_BYTES: usize = 16 << 10;
-/// Eager point-to-point messages to one peer that may wait for their receives.
-const EAGER_CREDIT: u32 = 64;
 /// Bytes kept for parts of collectives that this rank has not reached; beyond, the link waits.
 const UNEXPECTED_BYTES: usize = 64 << 20;
 /// Own descriptors remembered for messages that come late.
 const HISTORY: usize = 1024;
-/// How long a failing group holds its links for its notice to leave.
-const FLUSH_FAILURE: Duration = Duration::from_millis(20);
 /// Longest failure text taken from a peer.
 const NOTICE_BYTES: usize = 4096;
 
@@ -41,16 +43,6 @@ pub(crate) enum Event {
     P2pReceived { id: u64, source: u32 },
 }
 
-/// How a peer stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Standing {
-    Present,
-    /// Has said that it leaves in order.
-    Left,
-    /// Its link ended without a word; what the link said.
-    Lost(String),
-}
-
 struct PendingSend {
     ptr: *const u8,
     len: usize,
@@ -62,23 +54,6 @@ struct PendingSend {
 struct PostedRecv {
     ptr: *mut u8,
     len: usize,
-}
-
-struct PostedP2p {
-    id: u64,
-    peer: Option<u32>,
-    tag: u32,
-    ptr: *mut u8,
-    len: usize,
-}
-
-struct UnexpectedP2p {
-    peer: u32,
-    tag: u32,
-    send_id: u64,
-    len: usize,
-    /// The bytes of an eager message; `None`: an offer.
-    data: Option<Vec<u8>>,
 }
 
 /// What a link's token stands for.
@@ -108,6 +83,7 @@ struct Peer {
     landing_p2p: HashMap<u64, (u64, PostedRecv)>,
     eager_unmatched: u32,
     last_heard: Instant,
+    lost_at: Option<Instant>,
     bye_seen: bool,
 }
 
@@ -162,6 +138,7 @@ impl Wire {
                     landing_p2p: HashMap::new(),
                     eager_unmatched: 0,
                     last_heard: now,
+                    lost_at: None,
                     bye_seen: false,
                 })
             })
@@ -314,192 +291,10 @@ impl Wire {
     fn length_mismatch(&self, sequence: u64, peer: u32, sent: u64, wanted: u64) -> ReduceError {
         ReduceError::Mismatch {
             detail: format!(
-                "ranks {} and {peer} disagree about the size of a block in operation {sequence}: one side has \
+                "rank {} and rank {peer} disagree about the size of a block in operation {sequence}: one side has \
                  {sent} bytes to send, the other expects {wanted}",
                 self.rank
             ),
-        }
-    }
-
-    /// Starts a point-to-point send.
-    pub(crate) fn send_p2p(&mut self, id: u64, peer: u32, tag: u32, ptr: *const u8, len: usize) {
-        let send_id = self.next_send_id;
-        self.next_send_id += 1;
-        let eager = len <= EAGER_BYTES && self.peer(peer).eager_unmatched < EAGER_CREDIT;
-        let kind = if eager { MessageKind::EagerP2p } else { MessageKind::Offer };
-        let header = Header { len: len as u64, ..control(kind, self.group, send_id, tag) };
-        if eager {
-            self.peer(peer).eager_unmatched += 1;
-            self.post(peer, &header, ptr, len, InFlight::P2pSent { id });
-        } else {
-            let pending = PendingSend { ptr, len, descriptor: header.descriptor, extra: id };
-            self.peer(peer).offered.insert(send_id, pending);
-            self.post_control(peer, header);
-        }
-    }
-
-    /// Posts memory for a point-to-point message from `peer`, or from anyone.
-    pub(crate) fn recv_p2p(&mut self, id: u64, peer: Option<u32>, tag: u32, ptr: *mut u8, len: usize) {
-        let found = self
-            .unexpected_p2p
-            .iter()
-            .position(|m| m.tag == tag && peer.is_none_or(|wanted| wanted == m.peer));
-        let posted = PostedP2p { id, peer, tag, ptr, len };
-        match found.and_then(|i| self.unexpected_p2p.remove(i)) {
-            Some(message) => self.match_p2p(posted, message),
-            None => self.posted_p2p.push_back(posted),
-        }
-    }
-
-    /// Takes back a receive that nothing has matched yet; false if it is under way.
-    pub(crate) fn cancel_p2p(&mut self, id: u64) -> bool {
-        let before = self.posted_p2p.len();
-        self.posted_p2p.retain(|posted| posted.id != id);
-        self.posted_p2p.len() != before
-    }
-
-    fn match_p2p(&mut self, posted: PostedP2p, message: UnexpectedP2p) {
-        if posted.len != message.len {
-            self.notice.get_or_insert(ReduceError::Mismatch {
-                detail: format!(
-                    "rank {} receives {} bytes with tag {} from rank {}, which sent {}",
-                    self.rank, posted.len, posted.tag, message.peer, message.len
-                ),
-            });
-            return;
-        }
-        match message.data {
-            Some(data) => {
-                if posted.len > 0 {
-                    // SAFETY: ptr has len bytes by the operation's promise.
-                    unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), posted.ptr, posted.len) };
-                }
-                self.taken(message.peer, message.send_id);
-                self.events.push(Event::P2pReceived { id: posted.id, source: message.peer });
-            }
-            None => {
-                let place = PostedRecv { ptr: posted.ptr, len: posted.len };
-                self.peer(message.peer).landing_p2p.insert(message.send_id, (posted.id, place));
-                let header = control(MessageKind::ClearP2p, self.group, message.send_id, posted.tag);
-                self.post_control(message.peer, header);
-            }
-        }
-    }
-
-    fn taken(&mut self, peer: u32, send_id: u64) {
-        let header = control(MessageKind::Taken, self.group, send_id, 0);
-        self.post_control(peer, header);
-    }
-
-    fn find_posted(&mut self, peer: u32, tag: u32) -> Option<PostedP2p> {
-        let i = self
-            .posted_p2p
-            .iter()
-            .position(|p| p.tag == tag && p.peer.is_none_or(|wanted| wanted == peer))?;
-        self.posted_p2p.remove(i)
-    }
-
-    /// Says something that needs no answer to every peer that is still there.
-    pub(crate) fn tell_all(&mut self, kind: MessageKind, sequence: u64) {
-        for rank in 0..self.peers.len() as u32 {
-            if self.standing(rank) == Some(&Standing::Present) {
-                self.post_control(rank, control(kind, self.group, sequence, 0));
-            }
-        }
-    }
-
-    /// A sign of life on links that have no other means to notice a dead host.
-    pub(crate) fn heartbeat(&mut self) {
-        for rank in 0..self.peers.len() as u32 {
-            if self.peers[rank as usize].as_ref().is_some_and(|p| !p.local && p.standing == Standing::Present)
-            {
-                self.post_control(rank, control(MessageKind::Heartbeat, self.group, 0, 0));
-            }
-        }
-    }
-
-    /// "I wait for you in operation `sequence`."
-    pub(crate) fn probe(&mut self, rank: u32, sequence: u64, descriptor: Descriptor) {
-        if self.standing(rank) == Some(&Standing::Present) {
-            let header = Header { descriptor, ..control(MessageKind::Probe, self.group, sequence, 0) };
-            self.post_control(rank, header);
-        }
-    }
-
-    /// Tells remote peers why this rank's group is broken. Best effort.
-    pub(crate) fn tell_failure(&mut self, error: &ReduceError, dead: u32) {
-        let text = error.to_string();
-        let text: Box<[u8]> = text.as_bytes()[..text.len().min(NOTICE_BYTES)].into();
-        for rank in 0..self.peers.len() as u32 {
-            if self.peers[rank as usize].as_ref().is_none_or(|p| p.local || p.standing != Standing::Present) {
-                continue;
-            }
-            let payload = text.clone();
-            let header = Header {
-                len: payload.len() as u64,
-                extra: u64::from(error.code()) | u64::from(dead) << 32,
-                ..control(MessageKind::Failed, self.group, 0, 0)
-            };
-            let (ptr, len) = (payload.as_ptr(), payload.len());
-            self.post(rank, &header, ptr, len, InFlight::Control { _payload: payload });
-        }
-    }
-
-    /// Tries briefly to get the failure's notice out, before the links go.
-    pub(crate) fn flush_failure(&mut self) {
-        let until = Instant::now() + FLUSH_FAILURE;
-        let mut completions = Vec::new();
-        while Instant::now() < until {
-            for (rank, peer) in self.peers.iter_mut().enumerate() {
-                if let Some(peer) = peer
-                    && !peer.local
-                    && peer.link.progress(&mut completions).is_err()
-                {
-                    // Its notice cannot arrive any more.
-                    self.in_flight.retain(|(r, _), _| *r as usize != rank);
-                }
-                for completion in completions.drain(..) {
-                    let (Completion::Sent { token } | Completion::Received { token }) = completion;
-                    self.in_flight.remove(&(rank as u32, token));
-                }
-            }
-            if !self.in_flight.values().any(|f| matches!(f, InFlight::Control { .. })) {
-                return;
-            }
-            std::thread::yield_now();
-        }
-    }
-
-    /// How `rank` stands; `None` for this rank itself.
-    pub(crate) fn standing(&self, rank: u32) -> Option<&Standing> {
-        self.peers[rank as usize].as_ref().map(|p| &p.standing)
-    }
-
-    /// Ranks whose host has been silent since before `limit`.
-    pub(crate) fn silent_since(&self, limit: Instant) -> Option<u32> {
-        (0..self.peers.len() as u32).find(|&r| {
-            self.peers[r as usize]
-                .as_ref()
-                .is_some_and(|p| !p.local && p.standing == Standing::Present && p.last_heard < limit)
-        })
-    }
-
-    /// Whether every peer that needs it has confirmed this rank's Bye.
-    pub(crate) fn bye_confirmed(&self) -> bool {
-        self.peers.iter().flatten().all(|p| p.local || p.bye_seen || p.standing != Standing::Present)
-    }
-
-    /// Whether everything posted has left.
-    pub(crate) fn flushed(&self) -> bool {
-        self.in_flight.is_empty()
-    }
-
-    /// Marks a peer that was seen dead or leaving by other means.
-    pub(crate) fn mark(&mut self, rank: u32, standing: Standing) {
-        if let Some(peer) = &mut self.peers[rank as usize]
-            && peer.standing == Standing::Present
-        {
-            peer.standing = standing;
         }
     }
 
@@ -510,7 +305,8 @@ impl Wire {
         for rank in 0..self.peers.len() as u32 {
             moved |= self.progress_peer(rank, now)?;
         }
-        match self.notice.take() {
+        // What a failing peer had sent before still counts: its notice waits until all is in.
+        match self.notice.take_if(|_| !moved) {
             Some(error) => Err(error),
             None => Ok(moved),
         }
@@ -811,35 +607,6 @@ impl Wire {
     /// What happened since the last call.
     pub(crate) fn take_events(&mut self) -> Vec<Event> {
         std::mem::take(&mut self.events)
-    }
-
-    /// Descriptors to poll: (descriptor, wants writing).
-    pub(crate) fn poll_fds(&self) -> impl Iterator<Item = (std::os::fd::RawFd, bool)> + '_ {
-        self.peers
-            .iter()
-            .flatten()
-            .filter(|p| !matches!(p.standing, Standing::Lost(_)))
-            .filter_map(|p| p.link.poll_fd())
-    }
-
-    /// (sent, received) through shared memory rings, (sent, received) through the network.
-    pub(crate) fn bytes(&self) -> ((u64, u64), (u64, u64)) {
-        let mut sums = ((0, 0), (0, 0));
-        for peer in self.peers.iter().flatten() {
-            let sum = if peer.local { &mut sums.0 } else { &mut sums.1 };
-            sum.0 += peer.link.bytes_sent();
-            sum.1 += peer.link.bytes_received();
-        }
-        sums
-    }
-}
-
-fn lose(peer: &mut Peer, error: LinkError) {
-    let what = match error {
-        LinkError::Closed(what) | LinkError::Protocol(what) => what,
-    };
-    if peer.standing == Standing::Present {
-        peer.standing = Standing::Lost(what);
     }
 }
 

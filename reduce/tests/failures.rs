@@ -85,10 +85,6 @@ fn death(test: &str, nodes: &str, liveness: bool, operation: Operation, judge: i
         test,
         nodes,
         |rank| {
-            // Several operations per test: the parent says which.
-            if std::fs::read_to_string(rank.dir.join("operation")).unwrap() != format!("{operation:?}") {
-                return;
-            }
             let mut config = rank.config("g");
             config.liveness = liveness;
             if !liveness {
@@ -109,7 +105,6 @@ fn death(test: &str, nodes: &str, liveness: bool, operation: Operation, judge: i
             judge(&round(&group, operation, 10).unwrap_err());
         },
         |dir, _| {
-            std::fs::write(dir.join("operation"), format!("{operation:?}")).unwrap();
             for rank in 0..nodes.len() {
                 await_note(dir, &format!("ready {rank}"));
             }
@@ -316,7 +311,6 @@ fn an_abort_wakes_every_waiter_here_and_is_told_there() {
     for nodes in ["aa", "ab"] {
         world("an_abort_wakes_every_waiter_here_and_is_told_there", nodes, |rank| {
             let group = rank.group("g");
-            group.barrier().unwrap();
             let group = &group;
             if rank.rank == 1 {
                 let error = until_error(group, Operation::Barrier, 0);
@@ -324,6 +318,7 @@ fn an_abort_wakes_every_waiter_here_and_is_told_there() {
                 assert!(error.to_string().contains("rank 0 aborted the group: enough"), "{error}");
                 return;
             }
+            group.barrier().unwrap();
             let (called, calls) = std::sync::mpsc::channel();
             std::thread::scope(|scope| {
                 let waiters: Vec<_> = (0..4u32)
@@ -439,7 +434,8 @@ fn groups_give_everything_back_and_can_follow_each_other() {
                 let group = rank.group(&format!("g{i}"));
                 round(&group, Operation::AllReduce(ReduceOp::Sum), 50_000).unwrap();
                 if i % 3 == 2 {
-                    group.barrier().unwrap();
+                    // Either rank may be the first to abort, while the other is still in it.
+                    let _ = group.barrier();
                     group.abort("to see what stays");
                 }
             };

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! 0        control page: who, flags, failure notice, progress counters, slot labels
-//! 4096     one ring per local rank, written by the owner, read by that rank
+//! 4096     what the owner has issued lately
+//! 8192     one ring per local rank, written by the owner, read by that rank
 //! ...      SLOTS staging slots, each [input | output], written by the owner, read by all
 //! ```
 //!
@@ -16,7 +17,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 
 /// Payload bytes of one ring: half of a usual second-level cache.
 pub(crate) const RING_BYTES: usize = 512 << 10;
@@ -27,6 +28,10 @@ pub(crate) const SLOTS: usize = 4;
 pub(crate) const SLOT_BYTES: usize = 256 << 10;
 
 const PAGE: usize = 4096;
+/// Control page and the page of issued operations.
+const CONTROL: usize = 2 * PAGE;
+/// Operations that a rank remembers for its peers to compare with theirs.
+const ISSUED: usize = 64;
 const MAGIC: u64 = 0x3167_6573_5246_4646; // "FFFRseg1"
 /// Longest failure text kept for peers.
 const NOTICE_BYTES: usize = 1024;
@@ -49,6 +54,10 @@ pub(crate) struct Label {
 impl Label {
     pub(crate) fn set(&self, sequence: u64, d: &Descriptor, factor: f64) {
         self.sequence.store(sequence, Ordering::Relaxed);
+        self.set_descriptor(d, factor);
+    }
+
+    fn set_descriptor(&self, d: &Descriptor, factor: f64) {
         let kinds = u64::from(d.op) | u64::from(d.dtype) << 8 | u64::from(d.redop) << 16;
         self.kinds.store(kinds, Ordering::Relaxed);
         self.root.store(u64::from(d.root), Ordering::Relaxed);
@@ -128,13 +137,13 @@ unsafe impl Sync for Segment {}
 
 /// Bytes of a segment in a node of `local_size` ranks.
 fn segment_bytes(local_size: usize) -> usize {
-    PAGE + local_size * RING_STRIDE + SLOTS * 2 * SLOT_BYTES
+    CONTROL + local_size * RING_STRIDE + SLOTS * 2 * SLOT_BYTES
 }
 
 impl Segment {
     /// Makes this rank's segment; the descriptor is for handing to peers.
     pub(crate) fn create(rank: u32, group: u32, local_size: usize) -> Result<(Self, OwnedFd), ReduceError> {
-        const { assert!(size_of::<Control>() <= PAGE) };
+        const { assert!(size_of::<Control>() <= PAGE && ISSUED * size_of::<Label>() <= PAGE) };
         let fd = rustix::fs::memfd_create("firefly-reduce", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(|e| ReduceError::system("memfd_create", e))?;
         rustix::fs::ftruncate(&fd, segment_bytes(local_size) as u64)
@@ -204,9 +213,38 @@ impl Segment {
         unsafe { self.base.cast::<Control>().as_ref() }
     }
 
+    fn issued(&self, sequence: u64) -> &Label {
+        let at = PAGE + (sequence as usize % ISSUED) * size_of::<Label>();
+        // SAFETY: inside the second page, aligned to 64, atomics only.
+        unsafe { self.base.add(at).cast::<Label>().as_ref() }
+    }
+
+    /// Records what the owner has issued as `sequence`, for [`Segment::issued_as`] of its peers.
+    pub(crate) fn announce(&self, sequence: u64, descriptor: &Descriptor) {
+        let label = self.issued(sequence);
+        // Sequence 0 is never issued: readers skip an entry that is being written.
+        label.sequence.store(0, Ordering::Relaxed);
+        fence(Ordering::Release);
+        label.set_descriptor(descriptor, 1.0);
+        label.sequence.store(sequence, Ordering::Release);
+        // Of two ranks that announce and then look, at least one sees the other's entry.
+        fence(Ordering::SeqCst);
+    }
+
+    /// What the owner has issued as `sequence`, if it has and still remembers.
+    pub(crate) fn issued_as(&self, sequence: u64) -> Option<Descriptor> {
+        let label = self.issued(sequence);
+        if label.sequence.load(Ordering::Acquire) != sequence {
+            return None;
+        }
+        let (_, descriptor, _) = label.get();
+        fence(Ordering::Acquire);
+        (label.sequence.load(Ordering::Relaxed) == sequence).then_some(descriptor)
+    }
+
     fn ring_offset(&self, local: usize) -> usize {
         assert!(local < self.local_size);
-        PAGE + local * RING_STRIDE
+        CONTROL + local * RING_STRIDE
     }
 
     /// Positions of the ring from the owner to local rank `local`.
@@ -222,7 +260,7 @@ impl Segment {
     }
 
     fn slot(&self, step: u64) -> usize {
-        PAGE + self.local_size * RING_STRIDE + (step as usize % SLOTS) * 2 * SLOT_BYTES
+        CONTROL + self.local_size * RING_STRIDE + (step as usize % SLOTS) * 2 * SLOT_BYTES
     }
 
     /// Input half of the slot of `step`, [`SLOT_BYTES`] long.
@@ -295,6 +333,21 @@ mod tests {
         };
         assert!(error.contains("not sealed"), "{error}");
         drop(mine);
+    }
+
+    #[test]
+    fn issued_operations_are_remembered_for_a_while() {
+        let (mine, fd) = Segment::create(1, 7, 2).unwrap();
+        let theirs = Segment::open(fd.as_fd(), 1, 7, 2).unwrap();
+        let d = |count| Descriptor { op: 1, dtype: 2, redop: 3, root: 4, count };
+        assert_eq!(theirs.issued_as(5), None);
+        for sequence in 1..100 {
+            mine.announce(sequence, &d(sequence * 10));
+        }
+        assert_eq!(theirs.issued_as(99), Some(d(990)));
+        assert_eq!(theirs.issued_as(40), Some(d(400)));
+        assert_eq!(theirs.issued_as(35), None, "overwritten");
+        assert_eq!(theirs.issued_as(100), None, "not yet");
     }
 
     #[test]

@@ -8,12 +8,15 @@ use firefly_reduce::{
     Callback, Communicator, Config, DType, Handle, Operation, RawBuf, ReduceError, Request, Store,
     StoreError, SubmitOptions,
 };
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 /// A hang ends after this long. Far beyond what any test takes, so that a slow machine passes.
 const WATCHDOG: Duration = Duration::from_secs(150);
+/// A test's parent waits a little less for what its ranks say.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A store in a folder.
 pub(crate) struct FileStore(pub(crate) PathBuf);
@@ -76,12 +79,18 @@ impl Rank {
 }
 
 pub(crate) fn await_note(dir: &Path, name: &str) -> u32 {
-    let until = Instant::now() + WATCHDOG;
+    let until = Instant::now() + PATIENCE;
     loop {
         if let Some(pid) = std::fs::read_to_string(dir.join(name)).ok().and_then(|t| t.parse().ok()) {
             return pid;
         }
-        assert!(Instant::now() < until, "{name} never came");
+        if Instant::now() >= until {
+            for rank in 0..8 {
+                let output = std::fs::read_to_string(dir.join(format!("output{rank}")));
+                eprintln!("rank {rank}: {}", output.unwrap_or_default());
+            }
+            panic!("{name} never came");
+        }
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -104,8 +113,11 @@ pub(crate) fn launch(
     body: impl Fn(&Rank),
     meddle: impl FnOnce(&Path, &mut [Child]),
 ) -> Option<Vec<(ExitStatus, String)>> {
-    if let Ok(mine) = std::env::var("FFR_TEST_WORLD") {
-        if mine == nodes {
+    // A test may launch several worlds; a rank's process takes part in its own only.
+    thread_local!(static LAUNCHED: Cell<u32> = const { Cell::new(0) });
+    let launch = LAUNCHED.replace(LAUNCHED.get() + 1).to_string();
+    if let Ok(mine) = std::env::var("FFR_TEST_LAUNCH") {
+        if mine == launch {
             std::thread::spawn(|| {
                 std::thread::sleep(WATCHDOG);
                 eprintln!("the watchdog ended a rank that hangs");
@@ -127,7 +139,7 @@ pub(crate) fn launch(
             let output = std::fs::File::create(dir.path().join(format!("output{rank}"))).unwrap();
             Command::new(std::env::current_exe().unwrap())
                 .args(["--exact", test, "--nocapture", "--test-threads", "1"])
-                .env("FFR_TEST_WORLD", nodes)
+                .env("FFR_TEST_LAUNCH", &launch)
                 .env("FFR_TEST_RANK", rank.to_string())
                 .env("FFR_TEST_DIR", dir.path())
                 .stdout(output.try_clone().unwrap())
