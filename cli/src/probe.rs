@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 const BLOCK: usize = 4096;
 /// Rest between two rounds: frequent enough to time a pause to a tenth of a second, rare enough
 /// not to be the load.
-const REST: Duration = Duration::from_millis(25);
+const REST: Duration = Duration::from_millis(50);
 
 /// What the probe has seen since the last [`Probe::reset`].
 #[derive(Clone, Debug, Default)]
