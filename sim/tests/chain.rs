@@ -101,7 +101,7 @@ fn every_planted_bug_is_found() {
     ];
     for mutant in mutants {
         // Rare ones need many worlds; each round of seeds runs on all cores.
-        let found = (0..60).find_map(|round| {
+        let found = (0..100).find_map(|round| {
             let make = |seed| Options { mutant: Some(mutant), ..Options::seed(seed) };
             let outcomes = run_all(round * 50..(round + 1) * 50, make);
             outcomes.into_iter().find_map(|(seed, o)| o.violation.map(|v| (seed, v)))

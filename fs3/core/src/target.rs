@@ -35,11 +35,16 @@ mod copy;
 mod forward;
 mod machine;
 mod records;
+mod state;
 mod tenure;
 mod types;
 
+#[cfg(test)]
+mod tests;
+
 pub use checksum::{DIGEST_UNIT, Digest, ZERO_UNIT_CRC, bind, payload_crc, unbind};
-pub use machine::{Mutation, Target, TargetOptions};
+pub use machine::Target;
 pub use records::{Record, RecordPage, Records};
+pub use state::{Mutation, TargetOptions};
 pub use tenure::{Tenure, Verdict};
 pub use types::*;

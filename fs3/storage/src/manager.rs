@@ -56,7 +56,12 @@ pub(crate) async fn heartbeats(
         let wait = match tokio::time::timeout(HEARTBEAT_TIMEOUT, manager.heartbeat(request)).await {
             Ok(Ok(reply)) => {
                 let reply = reply.into_inner();
-                node.extend_lease(sent.after(Duration::from_millis(reply.lease_ms.into())));
+                // Only on what the manager has published so far: a process that has just started may
+                // hold an older table, in which targets serve that are out by now. The newer table
+                // is on its way and wakes the next heartbeat.
+                if node.routing_version() >= reply.routing_version {
+                    node.extend_lease(sent.after(Duration::from_millis(reply.lease_ms.into())));
+                }
                 Duration::from_millis(reply.interval_ms.max(10).into())
             }
             Ok(Err(status)) => {

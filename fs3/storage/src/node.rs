@@ -143,12 +143,8 @@ impl Node {
 
     /// Takes in a routing table. Blocks on disk: opening and wiping targets.
     pub(crate) fn apply(self: &Arc<Self>, table: &pb::RoutingTable) {
-        {
-            let mut known = lock(&self.routing_version);
-            if table.version <= *known {
-                return;
-            }
-            *known = table.version;
+        if table.version <= self.routing_version() {
+            return;
         }
         let nodes: HashMap<u32, &str> = table.nodes.iter().map(|n| (n.node_id, n.address.as_str())).collect();
         let address =
@@ -163,20 +159,32 @@ impl Node {
             self.settle(target, chain, state);
             self.tell(target, chain, table.min_write_replicas);
         }
+        // Last: a heartbeat that names this version says that the targets act on it, and the manager
+        // believes reports accordingly.
+        *lock(&self.routing_version) = table.version;
         self.wake_report.notify_one();
     }
 
     /// Opens the target's folder, or empties it, as its public state demands.
     fn settle(self: &Arc<Self>, target: TargetId, chain: &pb::ChainInfo, state: PublicState) {
         let chain_id = ChainId(chain.chain_id);
-        let slot = lock(&self.slots).remove(&target);
-        let mut slot = slot.unwrap_or_else(|| Slot {
-            chain: chain_id,
-            tenure: Tenure::default(),
-            state: Err("it has not been opened".into()),
-        });
         let is_empty = !self.dir(target).join("header").exists();
-        match slot.tenure.settle(state, ChainVersion(chain.version), is_empty) {
+        let (verdict, mut slot) = {
+            let mut slots = lock(&self.slots);
+            let slot = slots.entry(target).or_insert_with(|| Slot {
+                chain: chain_id,
+                tenure: Tenure::default(),
+                state: Err("it has not been opened".into()),
+            });
+            let verdict = slot.tenure.settle(state, ChainVersion(chain.version), is_empty);
+            if verdict == Verdict::Keep {
+                // It stays in the map: a heartbeat at this moment must not miss it.
+                return;
+            }
+            let Some(slot) = slots.remove(&target) else { return };
+            (verdict, slot)
+        };
+        match verdict {
             Verdict::Keep => {}
             Verdict::Open => slot.state = self.open(target, chain_id, false),
             Verdict::Empty => {

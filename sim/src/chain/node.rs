@@ -36,6 +36,8 @@ pub(super) struct Node {
     pub(super) disk: MemDisk,
     tenure: Tenure,
     pub(super) open: Option<Open>,
+    /// Opened since the observer last looked.
+    pub(super) opened: bool,
     chain_seen: ChainVersion,
     pub(super) lease_until: Nanos,
     pub(super) synced_at: ChainVersion,
@@ -62,6 +64,7 @@ impl Node {
             disk,
             tenure: Tenure::default(),
             open: None,
+            opened: false,
             chain_seen: ChainVersion(0),
             lease_until: Nanos::ZERO,
             synced_at: ChainVersion(0),
@@ -104,6 +107,7 @@ impl Node {
             Engine::open(self.disk.clone(), header, ENGINE).map_err(|e| e.to_string())?;
         let target = Target::new(TargetId(self.id as u32), self.incarnation, options, recovered);
         self.open = Some(Open { target, engine });
+        self.opened = true;
         Ok(())
     }
 

@@ -91,6 +91,11 @@ impl Truth {
         }
     }
 
+    /// Whether nothing of the chunk from this version on is known.
+    pub(super) fn is_after_all(&self, chunk: ChunkId, version: u64) -> bool {
+        self.chunks.get(&chunk).is_none_or(|h| h.versions.range(version..).next().is_none())
+    }
+
     /// Highest version that an operation beginning now must see.
     pub(super) fn shown(&self, chunk: ChunkId) -> u64 {
         self.chunks.get(&chunk).map_or(0, |h| h.shown)

@@ -1,14 +1,14 @@
 //! The world: time, network, faults, and the loop that moves them.
 
-use super::client::{Client, Current, Operation};
+use super::client::Client;
 use super::manager::{Heartbeat, LEASE, Manager};
 use super::node::{Caller, Node, Purpose};
 use super::truth::{Truth, Violation};
-use super::{Bytes, Tags, View, tags_of};
+use super::{Bytes, Tags, tags_of};
 use firefly_types::{ChainVersion, ChunkId, ErrorKind, Nanos, TargetId, WireError};
 use fs3_core::chain::Chain;
 use fs3_core::target::{
-    Action, Answer, Context, Event, Forward, Meta, Mutation, RecordPage, Resolve, TargetOptions, Token,
+    Action, Answer, Context, Event, Forward, Kind, Meta, Mutation, RecordPage, Resolve, TargetOptions, Token,
     Update, WriteError,
 };
 use fs3_storage::engine::{Done, ReadPlan};
@@ -17,6 +17,8 @@ use rand_chacha::ChaCha8Rng;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::time::Duration;
+
+mod traffic;
 
 /// A bug planted on purpose.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -124,6 +126,8 @@ struct World {
     slow: Vec<bool>,
     /// Writes that take effect when they are durable: (node, epoch, id).
     at_once: BTreeSet<(usize, u64, u64)>,
+    /// Removals among them: (node, chunk, version).
+    removals: Vec<(usize, ChunkId, u64)>,
     reached: BTreeMap<&'static str, u64>,
     processed: u64,
 }
@@ -161,6 +165,7 @@ pub fn run(options: Options) -> Outcome {
         ignores_restarts,
         slow,
         at_once: BTreeSet::new(),
+        removals: Vec::new(),
         reached: BTreeMap::new(),
         processed: 0,
     };
@@ -334,9 +339,11 @@ impl World {
                 if self.ignores_restarts {
                     heartbeat.incarnation = 1;
                 }
-                let sent = heartbeat.sent;
+                // What does not count as a sign of life gets no lease either.
+                let mut sent = Nanos::ZERO;
                 if heartbeat.report.is_some() || !self.ignores_restarts {
                     self.manager.hear(node, &heartbeat, self.now);
+                    sent = heartbeat.sent;
                 }
                 let chain = self.manager.chain.clone();
                 for delay in self.transit(self.cut_manager[node]) {
@@ -410,6 +417,7 @@ impl World {
                 self.truth.fail("a target's disk can be opened", format!("target {node}: {why}"));
             }
             Ok(view) => {
+                self.watch_opened(node);
                 self.step(node, Event::Lease(lease));
                 if let Some(view) = view {
                     self.step(node, Event::Chain(view));
@@ -523,10 +531,13 @@ impl World {
         let Some(open) = &self.nodes[node].open else { return };
         match action {
             Action::Write { id, base, version, update, commit } => {
-                open.engine.write(id, base, version, update, commit);
                 if commit {
                     self.at_once.insert((node, self.nodes[node].epoch, id));
+                    if update.kind == Kind::Remove {
+                        self.removals.push((node, update.chunk, version));
+                    }
                 }
+                open.engine.write(id, base, version, update, commit);
                 self.plan_batch(node, false);
             }
             Action::Commit { chunk, version } => {
@@ -634,6 +645,29 @@ impl World {
         }
     }
 
+    /// What was found on disk counts as committed too: the crash may have come between a target's
+    /// write and anybody hearing of it.
+    fn watch_opened(&mut self, node: usize) {
+        if !std::mem::take(&mut self.nodes[node].opened) {
+            return;
+        }
+        let Some(open) = &self.nodes[node].open else { return };
+        let found: Vec<(ChunkId, Meta)> = open.target.committed().iter().map(|(c, m)| (*c, *m)).collect();
+        // A removal leaves nothing to be found; the chunk's absence tells that it took effect.
+        let mine: Vec<_> = self.removals.extract_if(.., |(by, ..)| *by == node).collect();
+        for (_, chunk, version) in mine {
+            if !found.iter().any(|(c, _)| *c == chunk) && self.truth.is_after_all(chunk, version) {
+                self.truth.committed(node, chunk, version, None);
+            }
+        }
+        for (chunk, meta) in found {
+            match self.content(node, chunk, false) {
+                Ok(held) => self.truth.committed(node, chunk, meta.version, held.map(|(_, tags)| tags)),
+                Err(why) => self.truth.fail("stored chunks can be read", why),
+            }
+        }
+    }
+
     /// A target that is being filled commits as it writes.
     fn watch_written(&mut self, node: usize, id: u64, chunk: ChunkId, result: Result<Meta, WriteError>) {
         let (Ok(written), true) = (result, self.at_once.remove(&(node, self.nodes[node].epoch, id))) else {
@@ -660,162 +694,5 @@ impl World {
             content = Some((plan.meta(), Bytes(bytes.into())));
         }
         self.step(node, Event::Content { chunk, id, content });
-    }
-
-    // ---- faults ----
-
-    fn crash(&mut self, node: usize) {
-        let rng = &mut self.rng;
-        self.nodes[node].crash(|n| rng.random_range(0..n));
-        self.reach("crashes");
-        let delay = match self.rng.random_bool(0.5) {
-            true => self.micros(500, 30_000),
-            false => self.micros(30_000, 800_000),
-        };
-        self.at(delay, Happens::Restart { node });
-    }
-
-    fn fault(&mut self) {
-        if self.now >= FAULTS_END {
-            for node in 0..self.nodes.len() {
-                (self.cut[node], self.cut_manager[node]) = (false, false);
-            }
-            return;
-        }
-        let delay = self.micros(20_000, 350_000);
-        self.at(delay, Happens::Fault);
-        let node = self.rng.random_range(0..self.nodes.len());
-        match self.rng.random_range(0..10) {
-            0..5 => {
-                if self.nodes[node].up {
-                    self.crash(node);
-                }
-            }
-            5 => {
-                self.reach("total outages");
-                for node in 0..self.nodes.len() {
-                    if self.nodes[node].up {
-                        self.crash(node);
-                    }
-                }
-            }
-            6 | 7 => {
-                self.cut[node] = true;
-                let delay = self.micros(10_000, 500_000);
-                self.at(delay, Happens::Heal { node, manager: false });
-            }
-            _ => {
-                self.reach("nodes cut off from the manager");
-                self.cut_manager[node] = true;
-                let delay = self.micros(50_000, 600_000);
-                self.at(delay, Happens::Heal { node, manager: true });
-            }
-        }
-    }
-
-    // ---- clients ----
-
-    fn act(&mut self, client: usize) {
-        if self.now >= CLIENTS_END || self.clients[client].current.is_some() {
-            return;
-        }
-        let chunk = self.clients[client].begin(&mut self.rng, CHUNKS);
-        let shown = self.truth.shown(chunk);
-        if let Some(current) = &mut self.clients[client].current {
-            current.shown = shown;
-        }
-        self.attempt(client);
-    }
-
-    /// A client that is killed, or whose caller lost patience: what it asked for may happen yet.
-    fn give_up(&mut self, client: usize) {
-        self.reach("operations given up");
-        self.clients[client].current = None;
-        let delay = self.micros(100, 30_000);
-        self.at(delay, Happens::Act { client });
-    }
-
-    fn try_again(&mut self, client: usize) {
-        // It keeps an old view sometimes: servers must refuse what is out of date.
-        if self.rng.random_bool(0.8) {
-            self.clients[client].view =
-                View { version: self.manager.version(), serving: self.manager.serving() };
-        }
-        self.attempt(client);
-    }
-
-    fn attempt(&mut self, client: usize) {
-        let random: u64 = self.rng.random();
-        let me = &mut self.clients[client];
-        me.attempts += 1;
-        let attempt = me.attempts;
-        let Some(current) = &mut me.current else { return };
-        current.attempt = attempt;
-        let Current { chunk, operation, ask_tail, .. } = current.clone();
-        if matches!(operation, Operation::Read) {
-            // A read is each attempt by itself.
-            current.shown = self.truth.shown(chunk);
-        }
-        let serving = &me.view.serving;
-        let to = match operation {
-            Operation::Update(_) => serving.first().copied(),
-            Operation::Read if ask_tail => serving.last().copied(),
-            Operation::Read => serving.get(random as usize % serving.len().max(1)).copied(),
-        };
-        let timeout = Duration::from_millis(20 + random % 300);
-        let body = match operation {
-            Operation::Update(effect) => Body::Update(me.view.version, me.update(chunk, effect)),
-            Operation::Read => Body::Read(me.context(), me.view.version, chunk),
-        };
-        self.at(timeout, Happens::AttemptTimeout { client, attempt });
-        if let Some(to) = to {
-            for delay in self.transit(self.cut[to]) {
-                let from = Caller::Client { client, attempt };
-                let at = self.nodes[to].incarnation;
-                self.at(delay, Happens::Request { to, at, from, body: body.clone() });
-            }
-        }
-    }
-
-    fn client_answered(&mut self, client: usize, attempt: u64, result: Result<Said, WireError>) {
-        let Some(current) = self.clients[client].current.clone() else { return };
-        let is_update = matches!(current.operation, Operation::Update(_));
-        // An update's answer counts whichever attempt it belongs to; `attempt` names the operation
-        // only for reads.
-        if attempt != current.attempt {
-            return;
-        }
-        match (result, &current.operation) {
-            (Ok(Said::Answer(Answer::Updated(meta))), Operation::Update(effect)) => {
-                self.truth.updated(current.chunk, current.shown, meta.version, *effect);
-            }
-            (Ok(Said::Content { dirty: true, .. }), Operation::Read) if !current.ask_tail => {
-                if let Some(current) = &mut self.clients[client].current {
-                    current.ask_tail = true;
-                }
-                return self.attempt(client);
-            }
-            (Ok(Said::Content { dirty: false, version, tags }), Operation::Read) => {
-                self.truth.read(current.chunk, current.shown, version, tags);
-            }
-            (Ok(_), _) => return,
-            (Err(error), _) => {
-                if !error.kind.is_retryable() {
-                    let detail = format!("{:?}: {error}", current.operation);
-                    self.truth.fail("valid operations are not refused for good", detail);
-                }
-                if is_update && error.message.contains("late duplicate") {
-                    let detail = format!("{:?}: {error}", current.operation);
-                    self.truth.fail("an operation under way is not called old", detail);
-                }
-                // The time-out of the attempt tries again.
-                return;
-            }
-        }
-        let me = &mut self.clients[client];
-        me.current = None;
-        me.finished += 1;
-        let delay = self.micros(100, 10_000);
-        self.at(delay, Happens::Act { client });
     }
 }

@@ -2,8 +2,9 @@
 //! updates go on as whole replacements.
 
 use super::forward::bare;
-use super::machine::{Out, Role, Target, error};
+use super::machine::{Target, error};
 use super::records::RecordPage;
+use super::state::{Active, Out, Role};
 use super::types::*;
 use firefly_types::{ChainVersion, ChunkId, ErrorKind, Nanos, TargetId};
 use std::collections::BTreeSet;
@@ -72,7 +73,7 @@ impl<B: Clone> Target<B> {
         let mut starts = Vec::new();
         let Some(fill) = self.fill.as_mut() else { return };
         // Few chunks are active, so few are skipped here.
-        let free = |active: &super::machine::Active<B>| active.pending.is_none() && active.copy.is_none();
+        let free = |active: &Active<B>| active.pending.is_none() && active.copy.is_none();
         for chunk in &fill.todo {
             if fill.copying + starts.len() >= self.options.copies {
                 break;

@@ -1,6 +1,7 @@
 //! Updates, tokens and questions that travel along the chain.
 
-use super::machine::{Active, Mutation, Out, Role, Successor, Target, error};
+use super::machine::{Target, error};
+use super::state::{Active, Mutation, Out, Pending, Role, Successor};
 use super::types::*;
 use firefly_types::{ChainVersion, ChunkId, ErrorKind, TargetId, WireError};
 
@@ -159,15 +160,18 @@ impl<B: Clone> Target<B> {
         if let Some(meta) = committed.filter(|m| m.version == forward.version) {
             return self.reply(reply, Ok(Answer::Updated(meta)));
         }
-        let active = self.active.entry(chunk).or_default();
-        if active.pending.is_some() {
-            return self.take_beside_pending(reply, forward);
-        }
-        if committed.is_none() && forward.update.kind == Kind::Remove {
+        let pending = self.active.entry(chunk).or_default().pending.as_ref().map(|p| p.version);
+        let is_newer = pending.is_none_or(|version| version > forward.version);
+        if committed.is_none() && forward.update.kind == Kind::Remove && is_newer {
+            // Gone already; the predecessor has lost its record of that in a restart. What is
+            // pending, if anything, creates the chunk anew.
             let meta = Meta { version: forward.version, ..Meta::default() };
             self.version_floor = self.version_floor.max(forward.version);
             self.reply(reply, Ok(Answer::Updated(meta)));
             return self.start_next(chunk);
+        }
+        if pending.is_some() {
+            return self.take_beside_pending(reply, forward);
         }
         let have = committed.map_or(0, |m| m.version);
         if forward.version <= have || self.is_before_removal(chunk, forward.version) {
@@ -237,11 +241,18 @@ impl<B: Clone> Target<B> {
                 }
                 return;
             }
+            // It may be the same update in another form, after a restart: then it may have been
+            // committed here, and is served neither way until this has settled again.
+            let may_be_committed = pending.may_be_committed || pending.passed;
             let replaced = error(ErrorKind::Stale, "replaced by another update of the predecessor");
             for old in pending.upstream.split_off(0).into_iter().chain(pending.clients.split_off(0)) {
                 self.reply(old, Err(replaced.clone()));
             }
-            return self.install_forward(reply, forward);
+            self.install_forward(reply, forward);
+            if let Some(pending) = self.active.get_mut(&chunk).and_then(|a| a.pending.as_mut()) {
+                pending.may_be_committed |= may_be_committed;
+            }
+            return;
         }
         if forward.base == pending.result_version()
             && pending.written.is_some()
@@ -420,7 +431,7 @@ fn late<B>(forward: &Forward<B>) -> WireError {
 
 /// Whether the forward says again what is pending. Careful: a client may retry with a buffer that
 /// has changed, under the same request.
-fn same_update<B>(pending: &super::machine::Pending<B>, forward: &Forward<B>) -> bool {
+fn same_update<B>(pending: &Pending<B>, forward: &Forward<B>) -> bool {
     let new = &forward.update;
     if pending.context != new.context || pending.base != forward.base {
         return false;

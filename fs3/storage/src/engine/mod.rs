@@ -21,6 +21,7 @@ mod disk;
 mod file_disk;
 mod format;
 mod image;
+mod recovery;
 mod store;
 mod write;
 
