@@ -5,9 +5,13 @@ use fs3_core::target::Mutation;
 use std::collections::BTreeMap;
 
 fn seeds() -> std::ops::Range<u64> {
-    // More on demand: FIREFLY_SIM_SEEDS=10000 cargo test -p firefly-sim
-    let count = std::env::var("FIREFLY_SIM_SEEDS").ok().and_then(|v| v.parse().ok()).unwrap_or(300);
-    0..count
+    // More on demand: make sim SEEDS=10000 FROM=300
+    let number = |name: &str, otherwise: u64| match std::env::var(name) {
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name} is {text:?}, not a number")),
+        Err(_) => otherwise,
+    };
+    let from = number("FIREFLY_SIM_FROM", 0);
+    from..from + number("FIREFLY_SIM_SEEDS", 300)
 }
 
 /// Runs seeds on all cores; outcomes in order of seed.

@@ -128,3 +128,26 @@ fn a_missing_interpreter_or_data_file_is_refused() {
     ran(quickstart(&state, &["--epochs", "0"])).fails(2, "--epochs");
     assert!(!state.exists());
 }
+
+#[test]
+fn without_root_or_fuse_it_says_so_before_anything_starts() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("qs");
+    // A copy that another user may run, wherever the project lies.
+    let copy = dir.path().join("ff");
+    std::fs::copy(ff(), &copy).unwrap();
+    for path in [dir.path(), &copy] {
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    let mut nobody = Command::new("setpriv");
+    nobody.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]).arg(&copy);
+    nobody.arg("--state").arg(&state).args(["quickstart", "--native"]);
+    ran(nobody).fails(1, "needs root");
+
+    // A mount namespace of its own, with an empty /dev.
+    let mut no_fuse = Command::new("unshare");
+    no_fuse.args(["--mount", "sh", "-c", "mount -t tmpfs none /dev && exec \"$0\" \"$@\""]).arg(&copy);
+    no_fuse.arg("--state").arg(&state).args(["quickstart", "--native"]);
+    ran(no_fuse).fails(1, "/dev/fuse");
+    assert!(!state.exists());
+}

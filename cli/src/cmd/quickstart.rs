@@ -76,10 +76,12 @@ pub async fn run(args: &QuickstartArgs, global: &Global) -> Result<()> {
         state.display()
     ));
 
+    let mut terminated = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let mut stage = Stage { cluster: LocalCluster::at(&state), mount: None };
     let outcome = tokio::select! {
         outcome = play(args, &plan, &mut stage, &mut show) => outcome,
         _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+        _ = terminated.recv() => Err(anyhow::anyhow!("ended by SIGTERM")),
     };
     match (outcome, args.keep) {
         (Ok(()), true) => {
@@ -128,9 +130,9 @@ impl Plan {
                 "the quickstart mounts a file system and needs root: run it with sudo, or in a container of your own"
             );
         }
-        if !Path::new("/dev/fuse").exists() {
+        if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/fuse") {
             bail!(
-                "there is no /dev/fuse: load the module (modprobe fuse), or give the container the device (--device /dev/fuse)"
+                "/dev/fuse cannot be used ({error}): load the module (modprobe fuse), or give the container the device (--device /dev/fuse)"
             );
         }
         let ff = std::env::current_exe().context("cannot find this program's own file")?;
