@@ -200,3 +200,34 @@ fn a_killed_rank_brings_the_job_back_with_the_reason_shown() {
     let shown = cluster.ff(&["job", "status", "phoenix"]).ok();
     assert!(shown.contains("SIGKILL") && shown.contains("rank 1"), "{shown}");
 }
+
+#[test]
+fn a_full_cluster_refuses_writes_keeps_what_it_has_and_recovers() {
+    let cluster = Cluster::start();
+    // Small targets: known only once the layout is there.
+    cluster.local.stop(std::time::Duration::from_secs(10), |_| ()).unwrap();
+    for node in 3..=5 {
+        let path = cluster.local.state().join(format!("conf/storage-{node}.toml"));
+        let mut text = std::fs::read_to_string(&path).unwrap();
+        text.push_str("capacity = \"8MiB\"\n");
+        std::fs::write(path, text).unwrap();
+    }
+    cluster.ff(&["up"]).ok();
+    let mut cluster = cluster;
+    let mount = cluster.mount();
+    std::fs::write(mount.join("kept"), "acknowledged").unwrap();
+    let mut big = File::create(mount.join("big")).unwrap();
+    let megabyte = vec![7u8; 1 << 20];
+    // Six chains of 8 MiB hold less than this, whatever the layout.
+    let refused = (0..64).find_map(|_| big.write_all(&megabyte).and_then(|()| big.sync_all()).err());
+    let refused = refused.expect("64 MiB went into a cluster of 48 MiB");
+    assert_eq!(refused.raw_os_error(), Some(libc::ENOSPC), "{refused}");
+    drop(big);
+    assert_eq!(std::fs::read(mount.join("kept")).unwrap(), b"acknowledged");
+    std::fs::remove_file(mount.join("big")).unwrap();
+    eventually("the garbage worker gives the room back", || {
+        let path = mount.join("again");
+        let mut file = File::create(&path).unwrap();
+        file.write_all(&megabyte[..1 << 19]).and_then(|()| file.sync_all()).is_ok()
+    });
+}
