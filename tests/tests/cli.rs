@@ -1,7 +1,8 @@
 //! The command line's doors: every wrong input gets one clear sentence and the documented exit
 //! code (1 failed, 2 wrong usage), and changes nothing.
 
-use firefly_tests::{Cluster, ff, ran};
+use firefly_cli::mount::is_running;
+use firefly_tests::{Cluster, eventually, ff, ran};
 use std::process::Command;
 
 fn bare(args: &[&str]) -> Command {
@@ -115,8 +116,14 @@ fn up_again_brings_back_what_was_ended_and_down_ends_all() {
     cluster.ff(&["status"]).fails(1, "ff up");
     cluster.ff(&["up"]).ok();
     assert_ne!(cluster.local.running("meta").unwrap().pid, before.pid);
+    let rank = cluster.dir().join("rank");
+    let script = format!("echo $$ > {0}.new; mv {0}.new {0}; exec sleep 1000", rank.display());
+    cluster.ff(&["run", "-d", "--", "sh", "-c", &script]).ok();
+    eventually("the rank runs", || rank.exists());
+    let pid = std::fs::read_to_string(&rank).unwrap().trim().parse().unwrap();
     let down = cluster.ff(&["down"]).ok();
     assert!(down.contains("manager"), "{down}");
+    assert!(!is_running(pid), "a rank outlived `ff down`");
     for role in cluster.local.roles().unwrap() {
         assert!(cluster.local.running(&role).is_none(), "{role} still runs");
     }

@@ -99,7 +99,9 @@ pub async fn run(args: &QuickstartArgs, global: &Global) -> Result<()> {
         }
         (outcome, _) => {
             show.step("cleaning up");
-            let cleaned = stage.clean_up();
+            // Ranks outlive their agents: they are ended first, while somebody can still ask them to.
+            let stopped = super::up::stop_jobs(&stage.cluster, "the quickstart ends").await.map(|_| ());
+            let cleaned = stage.clean_up().and(stopped);
             if outcome.is_ok() {
                 show.line(&format!(
                     "  stopped and unmounted; logs stay in {}",

@@ -1,9 +1,12 @@
 //! `ff up` and `ff down`: a cluster on this machine.
 
+use crate::cmd::run::is_final;
+use crate::connect::sentence;
 use crate::context::Global;
 use crate::local::{DEFAULT_PORT_BASE, LocalCluster, Shape};
 use anyhow::{Context as _, Result};
-use std::time::Duration;
+use firefly_proto::scheduler::{ListJobsRequest, StopJobRequest};
+use std::time::{Duration, Instant};
 
 /// How long `ff down` waits for a role to end by itself.
 pub const STOP_GRACE: Duration = Duration::from_secs(10);
@@ -31,8 +34,9 @@ pub struct UpArgs {
 
 /// Stop the cluster on this machine
 ///
-/// Unmounts what `ff fs mount` mounted from this state folder, ends the ranks of running jobs with
-/// their agents, and stops every role. Data and logs stay; `ff up` brings the cluster back.
+/// Stops the jobs that run (their ranks would outlive their agents otherwise), unmounts what `ff fs
+/// mount` mounted from this state folder, and stops every role. Data and logs stay; `ff up` brings
+/// the cluster back.
 #[derive(clap::Args, Clone, Debug)]
 pub struct DownArgs {}
 
@@ -71,9 +75,39 @@ pub fn start(cluster: &LocalCluster, json: bool) -> Result<()> {
     Ok(())
 }
 
+/// Stops every job that has not ended and waits until its ranks are gone, as long as they may take
+/// by their grace and no longer. Returns how many there were; without a scheduler nothing is done.
+pub async fn stop_jobs(cluster: &LocalCluster, reason: &str) -> Result<usize> {
+    if !cluster.exists() || cluster.running("scheduler").is_none() {
+        return Ok(0);
+    }
+    let mut scheduler = cluster.context()?.scheduler().await?;
+    let started = Instant::now();
+    let mut stopped = 0;
+    loop {
+        let request = ListJobsRequest { all: false, user: String::new() };
+        let jobs = scheduler.list_jobs(request).await.map_err(|s| sentence(&s))?.into_inner().jobs;
+        let live: Vec<_> = jobs.into_iter().filter(|job| !is_final(job)).collect();
+        let grace = live.iter().filter_map(|job| job.spec.as_ref()).map(|spec| spec.grace_ms).max();
+        let Some(grace) = grace else { return Ok(stopped) };
+        if stopped == 0 {
+            stopped = live.len();
+            for job in &live {
+                let request = StopJobRequest { job: job.job_id.to_string(), reason: reason.to_owned() };
+                scheduler.stop_job(request).await.map_err(|s| sentence(&s))?;
+            }
+        } else if started.elapsed() > Duration::from_millis(grace.into()) + STOP_GRACE {
+            tracing::warn!(jobs = live.len(), "some jobs did not end; their shims will end them");
+            return Ok(stopped);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 /// Runs `ff down`.
 pub async fn down(_: &DownArgs, global: &Global) -> Result<()> {
     let cluster = LocalCluster::at(&global.state_dir()?);
+    let jobs = stop_jobs(&cluster, "the cluster was taken down").await?;
     let unmounted = cluster.unmount_all()?;
     let mut names = Vec::new();
     cluster.stop(STOP_GRACE, |name| {
@@ -83,7 +117,7 @@ pub async fn down(_: &DownArgs, global: &Global) -> Result<()> {
         names.push(name.to_owned());
     })?;
     if global.json {
-        println!("{}", serde_json::json!({ "stopped": names, "unmounted": unmounted }));
+        println!("{}", serde_json::json!({ "jobs": jobs, "stopped": names, "unmounted": unmounted }));
     } else if names.is_empty() {
         println!("nothing was running");
     }
