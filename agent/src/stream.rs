@@ -16,7 +16,6 @@ use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Endpoint;
 
 /// Signs of life go up this often.
 const PING: Duration = Duration::from_secs(1);
@@ -67,10 +66,9 @@ pub(crate) async fn attach(
     stop: &CancellationToken,
     connected: &mut bool,
 ) -> Result<(), String> {
-    let endpoint = Endpoint::from_shared(format!("http://{}", config.scheduler))
+    let endpoint = firefly_proto::dial::endpoint(&config.scheduler)
         .map_err(|e| e.to_string())?
-        .connect_timeout(Duration::from_secs(3))
-        .tcp_nodelay(true);
+        .connect_timeout(Duration::from_secs(3));
     let channel = endpoint.connect().await.map_err(|e| chain(&e))?;
     let mut client = AgentGatewayClient::with_interceptor(channel, AddToken::new(&config.secret));
     let (up, reports) = mpsc::channel::<wire::AgentReport>(64);

@@ -3,17 +3,16 @@
 use crate::context::Context;
 use anyhow::{Context as _, Result};
 use firefly_proto::auth::AddToken;
+use firefly_proto::dial;
+pub use firefly_proto::dial::Authenticated;
 use firefly_proto::mgmtd::manager_client::ManagerClient;
+use firefly_proto::mgmtd::{GetRoutingRequest, RoutingTable};
 use firefly_proto::scheduler::scheduler_client::SchedulerClient;
 use std::time::Duration;
-use tonic::service::interceptor::InterceptedService;
-use tonic::transport::{Channel, Endpoint};
-
-/// A connection that proves membership with every request.
-pub type Authenticated = InterceptedService<Channel, AddToken>;
+use tonic::transport::Channel;
 
 async fn channel(what: &str, address: &str) -> Result<Channel> {
-    Endpoint::from_shared(format!("http://{address}"))
+    dial::endpoint(address)
         .with_context(|| format!("cluster.toml: {address:?} is not an address"))?
         .connect_timeout(Duration::from_secs(5))
         .connect()
@@ -25,9 +24,7 @@ impl Context {
     /// The fs3 manager.
     pub async fn manager(&self) -> Result<ManagerClient<Authenticated>> {
         let channel = channel("fs3 manager", &self.cluster.manager).await?;
-        Ok(ManagerClient::with_interceptor(channel, AddToken::new(&self.secret))
-            // A routing table of a large cluster passes the default of 4 MiB.
-            .max_decoding_message_size(64 << 20))
+        Ok(dial::manager(channel, &self.secret))
     }
 
     /// The scheduler.
@@ -40,4 +37,10 @@ impl Context {
 /// The sentence of a gRPC error, without the transport's decoration.
 pub fn sentence(status: &tonic::Status) -> anyhow::Error {
     anyhow::anyhow!("{}", status.message())
+}
+
+/// The routing table as it is now.
+pub async fn routing(manager: &mut ManagerClient<Authenticated>) -> Result<RoutingTable> {
+    let request = GetRoutingRequest { known_version: 0, wait_ms: 0 };
+    Ok(manager.get_routing(request).await.map_err(|s| sentence(&s))?.into_inner())
 }

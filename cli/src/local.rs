@@ -188,23 +188,11 @@ impl LocalCluster {
         let config_path = self.config_path(name);
         let config: NodeConfig = firefly_types::config::load(&config_path)?;
         let log_path = self.logs().join(format!("{name}.log"));
-        let log = fs::OpenOptions::new().create(true).append(true).open(&log_path)?;
         let ready = self.state.join("run").join(format!("{name}.ready"));
         let _ = fs::remove_file(&ready);
-        let mut command = Command::new(ff);
-        command
-            .args(["serve", "--config"])
-            .arg(&config_path)
-            .arg("--ready-file")
-            .arg(&ready)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .current_dir(&self.state);
-        // SAFETY: setsid is async-signal-safe and touches nothing of the parent's memory.
-        unsafe {
-            command.pre_exec(|| rustix::process::setsid().map(|_| ()).map_err(Into::into));
-        }
+        let mut command = detached(ff, &log_path)?;
+        command.args(["serve", "--config"]).arg(&config_path).arg("--ready-file").arg(&ready);
+        command.current_dir(&self.state);
         let mut child = command.spawn().with_context(|| format!("cannot start {}", ff.display()))?;
         let pid = child.id() as i32;
         let started = Instant::now();
@@ -311,6 +299,19 @@ impl Ports {
     fn next(&mut self) -> SocketAddr {
         self.addresses.next().expect("as many ports were reserved as the shape has listening roles")
     }
+}
+
+/// A command that outlives the terminal: a session of its own, no input, and what it says appended
+/// to the file `log`.
+pub(crate) fn detached(program: &Path, log: &Path) -> Result<Command> {
+    let log = fs::OpenOptions::new().create(true).append(true).open(log)?;
+    let mut command = Command::new(program);
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    // SAFETY: setsid is async-signal-safe and touches nothing of the parent's memory.
+    unsafe {
+        command.pre_exec(|| rustix::process::setsid().map(|_| ()).map_err(Into::into));
+    }
+    Ok(command)
 }
 
 /// Start time of a process in ticks since boot; `None` when there is no such process or it is a

@@ -1,15 +1,14 @@
 //! The mount as a process of its own, seen from the command line: start it, wait until it serves,
 //! read its counters, take it down.
 
-use crate::local::start_ticks;
+use crate::local::detached;
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 use std::ffi::CString;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 /// What a mount calls itself in the table of mounts, before the cluster's identity.
@@ -28,20 +27,8 @@ impl MountProcess {
     pub fn start(ff: &Path, state: &Path, mountpoint: &Path) -> Result<Self> {
         fs::create_dir_all(mountpoint).with_context(|| format!("cannot make {}", mountpoint.display()))?;
         let log_path = state.join("logs").join("mount.log");
-        let log = fs::OpenOptions::new().create(true).append(true).open(&log_path)?;
-        let mut command = Command::new(ff);
-        command
-            .arg("--state")
-            .arg(state)
-            .args(["fs", "mount", "--foreground"])
-            .arg(mountpoint)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log);
-        // SAFETY: setsid is async-signal-safe and touches nothing of the parent's memory.
-        unsafe {
-            command.pre_exec(|| rustix::process::setsid().map(|_| ()).map_err(Into::into));
-        }
+        let mut command = detached(ff, &log_path)?;
+        command.arg("--state").arg(state).args(["fs", "mount", "--foreground"]).arg(mountpoint);
         let mut child = command.spawn().with_context(|| format!("cannot start {}", ff.display()))?;
         let started = Instant::now();
         loop {
@@ -211,11 +198,6 @@ impl crate::local::LocalCluster {
         }
         Ok(unmounted)
     }
-}
-
-/// Whether a process still runs, for tests that look for leftovers.
-pub fn is_running(pid: i32) -> bool {
-    start_ticks(pid).is_some()
 }
 
 #[cfg(test)]

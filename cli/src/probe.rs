@@ -3,6 +3,7 @@
 //! remember the longest operation.
 
 use anyhow::{Context as _, Result};
+use firefly_types::lock;
 use std::fs::OpenOptions;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
@@ -160,11 +161,6 @@ impl Drop for Probe {
         // Not joined: on an abandoned mount the last operations may hang until the unmount.
         self.stop.store(true, Ordering::Relaxed);
     }
-}
-
-fn lock(seen: &Mutex<Seen>) -> std::sync::MutexGuard<'_, Seen> {
-    // The data is plain counters: a panicking holder leaves them usable.
-    seen.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -282,7 +282,7 @@ async fn start(config: NodeConfig, stop: &CancellationToken) -> Result<Vec<Endin
             fs3_storage::StorageConfig {
                 node_id: NodeId(section.node_id),
                 listen: section.listen,
-                manager: with_scheme(&section.manager),
+                manager: section.manager,
                 data_dir: section.data_dir,
                 identity: identity(format!("storage n{}", section.node_id)),
                 capacity_bytes: section.capacity.map_or(u64::MAX, |c| c.0),
@@ -324,8 +324,4 @@ async fn start(config: NodeConfig, stop: &CancellationToken) -> Result<Vec<Endin
         bail!("the configuration names no role: add a section such as [storage]");
     }
     Ok(endings)
-}
-
-fn with_scheme(address: &str) -> String {
-    if address.contains("://") { address.to_owned() } else { format!("http://{address}") }
 }

@@ -7,6 +7,7 @@
 #![allow(missing_docs, clippy::doc_markdown, reason = "generated items carry the .proto comments")]
 
 pub mod auth;
+pub mod dial;
 pub mod methods;
 pub mod status;
 

@@ -140,7 +140,7 @@ impl Communicator {
         let or = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.into());
         let job = format!("job {} epoch {}", or("FIREFLY_JOB_ID", "0"), or("FIREFLY_EPOCH", "0"));
         let count = {
-            let mut formed = crate::op::lock(&FORMED);
+            let mut formed = firefly_types::lock(&FORMED);
             let count = formed.entry(job.clone()).or_default();
             *count += 1;
             *count

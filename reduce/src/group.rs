@@ -7,9 +7,10 @@
 
 use crate::ReduceError;
 use crate::engine::{Engine, Names, Submission};
-use crate::op::{Callback, OpState, lock};
+use crate::op::{Callback, OpState};
 use crate::request::{Plan, Request, Shape};
 use crate::shm::segment::Segment;
+use firefly_types::lock;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -1,18 +1,13 @@
 //! A submitted operation as its owner sees it.
 
 use crate::ReduceError;
+use firefly_types::lock;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 /// Called once with the outcome.
 pub type Callback = Box<dyn FnOnce(&Result<(), ReduceError>) + Send>;
-
-/// Locks, also after a panic of another holder: the state behind our locks is valid between
-/// statements, and a caller's panic must not take the group's other threads along.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Shared by the handle and the engine.
 pub(crate) struct OpState {

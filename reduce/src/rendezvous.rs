@@ -5,8 +5,8 @@
 //! key, value`; an answer is `status u8, value length u32, value`.
 
 use crate::fork::{self, Guarded};
-use crate::op::lock;
 use crate::store::{MemoryStore, Store, StoreError};
+use firefly_types::lock;
 use firefly_types::{Backoff, ClusterSecret};
 use std::collections::HashMap;
 use std::io::{Read, Write};

@@ -1,7 +1,7 @@
 //! The command line's doors: every wrong input gets one clear sentence and the documented exit
 //! code (1 failed, 2 wrong usage), and changes nothing.
 
-use firefly_cli::mount::is_running;
+use firefly_cli::local::start_ticks;
 use firefly_tests::{Cluster, eventually, ff, ran};
 use std::process::Command;
 
@@ -123,7 +123,7 @@ fn up_again_brings_back_what_was_ended_and_down_ends_all() {
     let pid = std::fs::read_to_string(&rank).unwrap().trim().parse().unwrap();
     let down = cluster.ff(&["down"]).ok();
     assert!(down.contains("manager"), "{down}");
-    assert!(!is_running(pid), "a rank outlived `ff down`");
+    assert!(start_ticks(pid).is_none(), "a rank outlived `ff down`");
     for role in cluster.local.roles().unwrap() {
         assert!(cluster.local.running(&role).is_none(), "{role} still runs");
     }

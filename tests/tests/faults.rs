@@ -2,7 +2,7 @@
 //! model is kept apart from the system: a map from file to the content that was acknowledged.
 
 use firefly_cli::cmd::status::ChainHealth;
-use firefly_proto::mgmtd::GetRoutingRequest;
+use firefly_cli::connect::routing;
 use firefly_tests::{Cluster, eventually};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -96,8 +96,7 @@ fn chains_whole(cluster: &Cluster) -> bool {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let mut manager = cluster.local.context().unwrap().manager().await.unwrap();
-        let request = GetRoutingRequest { known_version: 0, wait_ms: 0 };
-        ChainHealth::of(&manager.get_routing(request).await.unwrap().into_inner()).is_whole()
+        ChainHealth::of(&routing(&mut manager).await.unwrap()).is_whole()
     })
 }
 

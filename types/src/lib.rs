@@ -14,10 +14,12 @@ pub mod config;
 pub mod error;
 pub mod ids;
 pub mod secret;
+pub mod sync;
 pub mod units;
 
 pub use backoff::Backoff;
 pub use error::{ErrorKind, WireError};
 pub use ids::*;
 pub use secret::ClusterSecret;
+pub use sync::lock;
 pub use units::{ByteSize, Nanos};

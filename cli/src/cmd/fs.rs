@@ -1,11 +1,10 @@
 //! `ff fs`: the file system without and with a mount.
 
 use super::status::table;
-use crate::connect::sentence;
 use crate::context::{Context, Global, Usage};
 use crate::mount::{self, MountProcess, SOURCE_PREFIX};
 use anyhow::{Context as _, Result, bail};
-use firefly_proto::mgmtd::{GetRoutingRequest, LocalState, NodeRole, PublicState, RoutingTable};
+use firefly_proto::mgmtd::{LocalState, NodeRole, PublicState, RoutingTable};
 use firefly_types::ByteSize;
 use fs3_client::path::{COPY_BYTES, join};
 use fs3_client::{ClientOptions, Credentials, Durability, Entry, Fs3, Inode, InodeKind};
@@ -700,10 +699,7 @@ async fn get_one(fs: &Fs3, who: &Credentials, job: &Job, bar: &ProgressBar) -> R
 // The cluster
 
 async fn routing(global: &Global) -> Result<RoutingTable> {
-    let context = global.open()?;
-    let request = GetRoutingRequest { known_version: 0, wait_ms: 0 };
-    let reply = context.manager().await?.get_routing(request).await;
-    Ok(reply.map_err(|status| sentence(&status))?.into_inner())
+    crate::connect::routing(&mut global.open()?.manager().await?).await
 }
 
 fn state_name(state: PublicState) -> &'static str {

@@ -4,7 +4,7 @@
 //! do the next fault. Whatever ends it (success, error, Ctrl-C) goes through one clean-up.
 
 use crate::cmd::status::{ChainHealth, table};
-use crate::connect::{Authenticated, sentence};
+use crate::connect::{Authenticated, routing, sentence};
 use crate::context::{Context, Global};
 use crate::digits;
 use crate::local::{DEFAULT_PORT_BASE, LocalCluster, Shape};
@@ -426,7 +426,7 @@ async fn follow(
                 act = Act::AwaitCheckpointWithoutServer;
             }
             Act::AwaitCheckpointWithoutServer => {
-                let table = self::routing(&mut manager).await?;
+                let table = crate::connect::routing(&mut manager).await?;
                 if serves(&table, VICTIM_SERVER) {
                     // The manager has not taken it out yet; the next checkpoint will see it.
                     continue;
@@ -506,11 +506,6 @@ fn kill_rank(job: &Job, rank: u32) -> Result<u32> {
             .with_context(|| format!("cannot end rank {rank} (pid {})", status.pid));
     }
     Ok(status.pid)
-}
-
-async fn routing(manager: &mut ManagerClient<Authenticated>) -> Result<RoutingTable> {
-    let request = GetRoutingRequest { known_version: 0, wait_ms: 0 };
-    Ok(manager.get_routing(request).await.map_err(|s| sentence(&s))?.into_inner())
 }
 
 /// Whether any target of `node` serves.

@@ -5,7 +5,7 @@ use crate::local::LocalCluster;
 use anyhow::Result;
 use comfy_table::Table;
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
-use firefly_proto::mgmtd::{GetRoutingRequest, PublicState, RoutingTable};
+use firefly_proto::mgmtd::{PublicState, RoutingTable};
 use firefly_proto::scheduler::ListNodesRequest;
 
 /// Show what runs and whether the data is whole
@@ -59,11 +59,7 @@ pub async fn run(_: &StatusArgs, global: &Global) -> Result<()> {
     let processes: Vec<_> = roles.iter().map(|name| (name.clone(), cluster.running(name))).collect();
 
     let routing = match context.manager().await {
-        Ok(mut manager) => Ok(manager
-            .get_routing(GetRoutingRequest { known_version: 0, wait_ms: 0 })
-            .await
-            .map_err(|s| crate::connect::sentence(&s))?
-            .into_inner()),
+        Ok(mut manager) => Ok(crate::connect::routing(&mut manager).await?),
         Err(error) => Err(error),
     };
     let nodes = match context.scheduler().await {

@@ -1,7 +1,7 @@
 //! The manager's gRPC service, and our session with the cluster.
 
 use crate::FsError;
-use firefly_proto::auth::AddToken;
+use firefly_proto::dial::{self, Authenticated};
 use firefly_proto::mgmtd::manager_client::ManagerClient;
 use firefly_proto::mgmtd::{
     CloseSessionRequest, GetRoutingRequest, OpenSessionReply, OpenSessionRequest, RenewSessionRequest,
@@ -13,26 +13,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
-use tonic::service::interceptor::InterceptedService;
-use tonic::transport::{Channel, Endpoint};
 
 /// Longest wait for one of the manager's short answers.
 const ANSWER: Duration = Duration::from_secs(3);
 
-/// Largest routing table accepted, bytes: a hundred thousand targets.
-const ROUTING_BYTES: usize = 64 << 20;
-
 #[derive(Clone)]
 pub(crate) struct Manager {
-    client: ManagerClient<InterceptedService<Channel, AddToken>>,
+    client: ManagerClient<Authenticated>,
     address: String,
 }
 
 impl Manager {
     /// Connects lazily: a manager that starts later is found later.
     pub(crate) fn new(address: &str, secret: &ClusterSecret) -> Result<Self, FsError> {
-        let uri = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
-        let endpoint = Endpoint::from_shared(uri).map_err(|error| {
+        let endpoint = dial::endpoint(address).map_err(|error| {
             FsError::invalid(
                 ErrorKind::InvalidArgument,
                 format!("{address:?} is not a manager's address, expected ip:port: {error}"),
@@ -42,11 +36,8 @@ impl Manager {
             .connect_timeout(Duration::from_secs(2))
             .http2_keep_alive_interval(Duration::from_secs(2))
             .keep_alive_timeout(Duration::from_secs(3))
-            .tcp_nodelay(true)
             .connect_lazy();
-        let client = ManagerClient::with_interceptor(channel, AddToken::new(secret))
-            .max_decoding_message_size(ROUTING_BYTES);
-        Ok(Self { client, address: address.to_owned() })
+        Ok(Self { client: dial::manager(channel, secret), address: address.to_owned() })
     }
 
     fn failed(&self, wanted: &str, status: &tonic::Status) -> FsError {

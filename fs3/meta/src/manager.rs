@@ -3,7 +3,7 @@
 
 use crate::layout::ClusterLayout;
 use crate::meta::Meta;
-use firefly_proto::auth::AddToken;
+use firefly_proto::dial::{self, Authenticated};
 use firefly_proto::mgmtd::manager_client::ManagerClient;
 use firefly_proto::mgmtd::{GetRoutingRequest, HeartbeatRequest, NodeRole};
 use firefly_types::{Backoff, ClusterSecret, NodeId};
@@ -11,15 +11,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
-use tonic::service::interceptor::InterceptedService;
-use tonic::transport::{Channel, Endpoint};
 
 /// Longest wait for a short answer.
 const ANSWER: Duration = Duration::from_secs(3);
 /// How long the manager may hold a question for a newer routing table.
 const LONG_POLL: Duration = Duration::from_secs(10);
-/// Largest routing table accepted, bytes: a hundred thousand targets.
-const MAX_ROUTING_BYTES: usize = 64 << 20;
 /// Heartbeat interval until the manager says one.
 const FIRST_INTERVAL: Duration = Duration::from_secs(1);
 /// Formats that this release understands, as the manager compares them.
@@ -28,7 +24,7 @@ const FORMAT_VERSION: u32 = 1;
 /// A lazily connected manager.
 #[derive(Clone)]
 pub(crate) struct Manager {
-    client: ManagerClient<InterceptedService<Channel, AddToken>>,
+    client: ManagerClient<Authenticated>,
 }
 
 /// What the heartbeats say.
@@ -40,16 +36,12 @@ pub(crate) struct Myself {
 
 impl Manager {
     pub(crate) fn new(address: &str, secret: &ClusterSecret) -> Result<Self, tonic::transport::Error> {
-        let uri = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
-        let channel = Endpoint::from_shared(uri)?
+        let channel = dial::endpoint(address)?
             .connect_timeout(Duration::from_secs(2))
             .http2_keep_alive_interval(Duration::from_secs(2))
             .keep_alive_timeout(Duration::from_secs(3))
-            .tcp_nodelay(true)
             .connect_lazy();
-        let client = ManagerClient::with_interceptor(channel, AddToken::new(secret))
-            .max_decoding_message_size(MAX_ROUTING_BYTES);
-        Ok(Self { client })
+        Ok(Self { client: dial::manager(channel, secret) })
     }
 
     /// Heartbeats until `stop`. `routing` is the version that [`Manager::follow_routing`] has applied.

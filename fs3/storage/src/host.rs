@@ -6,12 +6,12 @@ use crate::engine::{BLOCK_BYTES, Disk, Done, Engine, EngineError, ReadPlan, Usag
 use crate::wire::{self, Address};
 use firefly_net::{Buf, BufPool, Call, Client};
 use firefly_proto::{methods::storage as method, storage as pb};
-use firefly_types::{ChainId, ChainVersion, ChunkId, ErrorKind, TargetId, WireError};
+use firefly_types::{ChainId, ChainVersion, ChunkId, ErrorKind, TargetId, WireError, lock};
 use fs3_core::target::{Action, Answer, Context, Event, Forward, Handle, Meta, Target, Update, WriteError};
 use prost::Message;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::oneshot;
 
@@ -61,10 +61,6 @@ pub(crate) struct Host<D> {
     runtime: tokio::runtime::Handle,
     this: OnceLock<Weak<Self>>,
     repaired: AtomicU64,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<D: Disk + 'static> Host<D> {

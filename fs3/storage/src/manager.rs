@@ -4,17 +4,15 @@
 use crate::StorageConfig;
 use crate::clock::now;
 use crate::node::Node;
-use firefly_proto::auth::AddToken;
+use firefly_proto::dial::{self, Authenticated};
 use firefly_proto::mgmtd::manager_client::ManagerClient;
 use firefly_proto::mgmtd::{self as pb, NodeRole};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
-use tonic::service::interceptor::InterceptedService;
-use tonic::transport::{Channel, Endpoint};
 
-type Manager = ManagerClient<InterceptedService<Channel, AddToken>>;
+type Manager = ManagerClient<Authenticated>;
 
 /// Before the manager has said how often, and after an error.
 const RETRY: Duration = Duration::from_millis(200);
@@ -24,13 +22,12 @@ const ROUTING_WAIT: Duration = Duration::from_secs(10);
 
 /// A connection that is made when it is first used, and again when lost.
 pub(crate) fn connect(config: &StorageConfig) -> Result<Manager, tonic::transport::Error> {
-    let endpoint = Endpoint::from_shared(config.manager.clone())?
+    let channel = dial::endpoint(&config.manager)?
         .connect_timeout(Duration::from_secs(1))
         .http2_keep_alive_interval(Duration::from_secs(2))
         .keep_alive_timeout(Duration::from_secs(2))
-        .tcp_nodelay(true);
-    let token = AddToken::new(&config.identity.secret);
-    Ok(ManagerClient::with_interceptor(endpoint.connect_lazy(), token).max_decoding_message_size(64 << 20))
+        .connect_lazy();
+    Ok(dial::manager(channel, &config.identity.secret))
 }
 
 /// Sends heartbeats until stopped.

@@ -8,12 +8,12 @@ use crate::engine::{Engine, EngineOptions, FileDisk, Header};
 use crate::host::{Host, Surroundings};
 use firefly_net::{BufPool, Client};
 use firefly_proto::mgmtd as pb;
-use firefly_types::{ChainId, ChainVersion, ErrorKind, Nanos, TargetId, WireError};
+use firefly_types::{ChainId, ChainVersion, ErrorKind, Nanos, TargetId, WireError, lock};
 use fs3_core::chain::PublicState;
 use fs3_core::target::{ChainView, Event, Target, TargetOptions, Tenure, Verdict};
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 pub(crate) type TargetHost = Host<FileDisk>;
@@ -44,10 +44,6 @@ pub(crate) struct Node {
     routing_version: Mutex<u64>,
     lease_until: Mutex<Nanos>,
     pub(crate) wake_report: Notify,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Surroundings for Node {

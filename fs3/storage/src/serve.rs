@@ -19,7 +19,7 @@ pub struct StorageConfig {
     pub node_id: NodeId,
     /// Address of the net service; port 0 takes a free one.
     pub listen: SocketAddr,
-    /// The manager, `http://ip:port`.
+    /// The manager, `http://ip:port` or `ip:port`.
     pub manager: String,
     /// Holds one folder per target, `t<ID>`. One disk per node: put several nodes on a machine
     /// with several disks.
@@ -50,7 +50,7 @@ pub enum ServeError {
         source: std::io::Error,
     },
     /// The manager's address is not one.
-    #[error("{0:?} is not the address of a manager: expected http://ip:port")]
+    #[error("{0:?} is not the address of a manager: expected ip:port")]
     Manager(String),
 }
 

@@ -8,9 +8,10 @@ use crate::buf::BufPool;
 use crate::error::{CallError, HandshakeError};
 use crate::handshake::{self, Initiator, Purpose, Terms};
 use crate::link::{Counters, tcp};
+use firefly_types::lock;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::TcpStream;
 
@@ -260,8 +261,4 @@ impl Drop for Inner {
             }
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

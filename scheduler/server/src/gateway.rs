@@ -6,11 +6,11 @@ use crate::logs::JobLogs;
 use firefly_proto::scheduler as wire;
 use firefly_proto::scheduler::agent_gateway_server::AgentGateway;
 use firefly_proto::scheduler::agent_report::Report;
-use firefly_types::{ErrorKind, JobId, NodeId};
+use firefly_types::{ErrorKind, JobId, NodeId, lock};
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
@@ -32,11 +32,6 @@ pub(crate) struct Gateway {
 /// Number of the newest session of each node. Lines are taken under the node's lock, so that once
 /// a new session has its number an old one adds nothing: positions told to the new one stay true.
 pub(crate) type Newest = Mutex<HashMap<NodeId, Arc<Mutex<u64>>>>;
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing is left half done under these locks that a panic could expose.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 type OrderStream = Pin<Box<dyn Stream<Item = Result<wire::AgentOrder, Status>> + Send>>;
 

@@ -11,14 +11,14 @@
 //! power failure costs the last seconds of them. A torn end is cut off when a log is opened.
 
 use firefly_proto::scheduler as wire;
-use firefly_types::{AttemptEpoch, JobId};
+use firefly_types::{AttemptEpoch, JobId, lock};
 use prost::Message;
 use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 
@@ -60,11 +60,6 @@ struct State {
 pub(crate) struct Cursor {
     segment: u32,
     at: u64,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing is left half done under these locks that a panic could expose.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl JobLogs {

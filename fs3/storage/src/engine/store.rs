@@ -8,10 +8,10 @@ use super::format::{self, FormatError, HOLE, Header, LogRecord, PREAMBLE};
 use super::image::{Chunk, Image, Next};
 use super::recovery::{begin_log, log_name, recover, snapshot_name, write_snapshot};
 use super::write::{WriteOp, plan, verify};
-use firefly_types::{ChunkId, ErrorKind};
+use firefly_types::{ChunkId, ErrorKind, lock};
 use fs3_core::target::{Meta, RecordPage, Recovered, Update, WriteError};
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// Payload bytes that one batch takes at most: bounds the latency that a flush adds.
 const BATCH_BYTES: usize = 32 << 20;
@@ -174,11 +174,6 @@ impl ReadPlan {
     pub fn meta(&self) -> Meta {
         self.meta
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A panic elsewhere leaves nothing half done under these locks that a later step would trust.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<D: Disk, B: AsRef<[u8]>> Engine<D, B> {
