@@ -254,7 +254,6 @@ impl BufMut {
 
     /// The cached registration with fabric instance `fabric`, made by `register(address, capacity)`
     /// at the first use.
-    #[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "only fabrics that register memory ask"))]
     pub(crate) fn registration<E>(
         &self,
         fabric: u64,
@@ -329,7 +328,6 @@ impl Buf {
     }
 
     /// As [`BufMut::registration`].
-    #[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "only fabrics that register memory ask"))]
     pub(crate) fn registration<E>(
         &self,
         fabric: u64,

@@ -15,8 +15,8 @@
 //! pull (RDMA READ; on TCP the bytes that follow the request), push (RDMA WRITE; on TCP the bytes
 //! within the reply), completions. RPC is written once over it; `link::contract` and
 //! `rpc::tests::rpc_contract` are one test body that runs over both carriers, over verbs in a
-//! virtual machine with Soft-RoCE (`tests/rdma-vm`). RDMA is behind the feature `rdma`; libibverbs
-//! is looked up at run time, and a machine without it uses TCP.
+//! virtual machine with Soft-RoCE (`tests/rdma-vm`). libibverbs is looked
+//! up at run time, and a machine without it uses TCP ([`fabric`]).
 //!
 //! Invariants kept here:
 //!
@@ -40,15 +40,18 @@
 pub mod buf;
 pub mod channel;
 pub mod error;
+pub mod fabric;
 mod handshake;
 mod link;
 pub mod rpc;
+mod verbs;
 
 pub use buf::{BUF_ALIGN, Buf, BufMut, BufPool};
 pub use channel::{
     Channel, ChannelError, ChannelListener, Completion, HEADER_BYTES, Incoming, connect_channel,
 };
 pub use error::{CallError, HandshakeError, LinkError};
+pub use fabric::{Class, Fabric, NetOptions, Traffic, Transport};
 pub use rpc::{
     Call, Client, ClientOptions, Identity, MAX_HEAD, MAX_PAYLOAD, NetStats, Reply, Request, Response, Server,
     ServerOptions, ServerStats, Service,

@@ -65,7 +65,7 @@ fi
 share=$work/share
 rm -rf "$share" && mkdir -p "$share"
 say "building the test binary"
-binary=$(cd "$root" && cargo test -q -p firefly-net --features rdma --lib --no-run --message-format=json |
+binary=$(cd "$root" && cargo test -q -p firefly-net --lib --no-run --message-format=json |
     sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1)
 [ -x "$binary" ] || die "cargo made no test binary"
 cp "$binary" "$share/net-tests"

@@ -22,7 +22,6 @@
 //! * an error of either half ends the link.
 
 pub(crate) mod tcp;
-#[cfg(feature = "rdma")]
 pub(crate) mod verbs;
 
 use crate::buf::{Buf, BufMut};
@@ -54,7 +53,6 @@ impl Counters {
 
 /// A described piece of the peer's memory, as a device names it. TCP has none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "only devices that address memory read it"))]
 pub(crate) struct Window {
     pub(crate) address: u64,
     pub(crate) key: u32,
@@ -75,7 +73,6 @@ pub(crate) struct Outgoing {
     pub(crate) payload: Option<Buf>,
     /// Request: where the reply's payload shall land, as this side's device names it.
     /// Reply: the window that came with the request.
-    #[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "only devices that address memory read it"))]
     pub(crate) window: Option<Window>,
     /// Held until the message is on its way; bounds what is queued.
     #[expect(dead_code, reason = "held, not read")]
@@ -88,7 +85,6 @@ pub(crate) struct Incoming {
     pub(crate) header: Header,
     pub(crate) head: Bytes,
     /// Request: the caller's payload, to be pulled.
-    #[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "only devices that address memory read it"))]
     pub(crate) source: Option<Window>,
     /// Request: where the caller wants the reply's payload; goes into the reply's [`Outgoing::window`].
     pub(crate) window: Option<Window>,

@@ -4,55 +4,40 @@
 
 use super::{HandshakeError, ended};
 use crate::error::LinkError;
-use crate::link::{Counters, tcp};
+use crate::fabric::Fabric;
+use crate::link::{Counters, tcp, verbs};
+use crate::verbs::Device;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-#[cfg(feature = "rdma")]
-use crate::link::verbs;
-
 /// Bit of the hello's first byte: the client has an RDMA device.
-#[cfg(feature = "rdma")]
 const OFFER_RDMA: u8 = 1;
 /// Answers of the server.
 const USE_TCP: u8 = 0;
-#[cfg(feature = "rdma")]
 const USE_RDMA: u8 = 1;
 
 /// A connection on its carrier.
 pub(super) enum Link {
     Tcp((tcp::TcpTx, tcp::TcpRx)),
-    #[cfg(feature = "rdma")]
     Verbs((verbs::VerbsTx, verbs::VerbsRx)),
 }
 
 /// What this side has beside TCP.
 #[derive(Default)]
 pub(super) struct Carriers {
-    #[cfg(feature = "rdma")]
-    device: Option<Arc<verbs::Device>>,
+    device: Option<Arc<Device>>,
 }
 
 impl Carriers {
-    /// Opens `device` if one is named. A machine without it is served over TCP.
-    #[cfg(feature = "rdma")]
-    pub(super) fn open(device: Option<&str>) -> Carriers {
-        let device = device.and_then(|name| {
-            verbs::Device::open(name)
-                .inspect_err(|error| tracing::warn!(%error, "no RDMA: connections use TCP"))
-                .ok()
-        });
-        Carriers { device }
+    /// The first rail of `fabric`.
+    pub(super) fn of(fabric: &Fabric) -> Carriers {
+        Carriers { device: fabric.rails().first().map(|rail| rail.device.clone()) }
     }
 
     fn offers(&self) -> u8 {
-        #[cfg(feature = "rdma")]
-        if self.device.is_some() {
-            return OFFER_RDMA;
-        }
-        0
+        if self.device.is_some() { OFFER_RDMA } else { 0 }
     }
 
     /// The client's hello.
@@ -102,7 +87,6 @@ impl Carriers {
     ) -> Result<Link, LinkError> {
         match choice {
             USE_TCP => Ok(Link::Tcp(tcp::split(stream, counters, stall))),
-            #[cfg(feature = "rdma")]
             USE_RDMA => {
                 let device = self.device.clone();
                 let device = device.ok_or_else(|| LinkError::Protocol("RDMA without a device".into()))?;

@@ -6,6 +6,7 @@ use super::frame::{MAX_HEAD, MAX_PAYLOAD};
 use super::{Call, HANDSHAKE_TIME, Identity, NetStats, Response, STALL_TIME, drive_handshake};
 use crate::buf::BufPool;
 use crate::error::{CallError, HandshakeError};
+use crate::fabric::Fabric;
 use crate::handshake::{self, Initiator, Purpose, Terms};
 use crate::link::{Counters, tcp};
 use firefly_types::lock;
@@ -31,9 +32,8 @@ pub struct ClientOptions {
     /// A server that moves no byte of a message that has begun for so long is given up. Default
     /// 15 s.
     pub stall_time: Duration,
-    /// RDMA device to offer to servers, such as "mlx5_0". Default none: TCP only.
-    #[cfg(feature = "rdma")]
-    pub rdma_device: Option<String>,
+    /// How peers are reached. Default: the process's.
+    pub fabric: Fabric,
 }
 
 impl Default for ClientOptions {
@@ -43,8 +43,7 @@ impl Default for ClientOptions {
             connect_time: Duration::from_secs(5),
             handshake_time: HANDSHAKE_TIME,
             stall_time: STALL_TIME,
-            #[cfg(feature = "rdma")]
-            rdma_device: None,
+            fabric: Fabric::shared(),
         }
     }
 }
@@ -88,10 +87,7 @@ impl Client {
 
     /// A client that takes payload memory from `pool`.
     pub fn with_pool(identity: Identity, options: ClientOptions, pool: BufPool) -> Client {
-        #[cfg(feature = "rdma")]
-        let carriers = Carriers::open(options.rdma_device.as_deref());
-        #[cfg(not(feature = "rdma"))]
-        let carriers = Carriers::default();
+        let carriers = Carriers::of(&options.fabric);
         Client {
             inner: Arc::new(Inner {
                 carriers,
@@ -246,7 +242,6 @@ impl Client {
         inner.connections.fetch_add(1, Ordering::Relaxed);
         Ok(match link {
             Link::Tcp((tx, rx)) => Connection::start(tx, rx),
-            #[cfg(feature = "rdma")]
             Link::Verbs((tx, rx)) => Connection::start(tx, rx),
         })
     }

@@ -7,6 +7,7 @@ use super::frame::{FrameKind, Header, MAX_HEAD};
 use super::{HANDSHAKE_TIME, Identity, NetStats, Reply, Request, STALL_TIME, Service, drive_handshake};
 use crate::buf::BufPool;
 use crate::error::{HandshakeError, LinkError};
+use crate::fabric::Fabric;
 use crate::handshake::{self, Purpose, Responder, Terms};
 use crate::link::{Counters, LinkRx, LinkTx, Outgoing, tcp};
 use bytes::Bytes;
@@ -44,9 +45,8 @@ pub struct ServerOptions {
     /// A client that moves no byte of a message that has begun for so long is given up. Default
     /// 15 s.
     pub stall_time: Duration,
-    /// RDMA device for clients that offer one, such as "mlx5_0". Default none: TCP only.
-    #[cfg(feature = "rdma")]
-    pub rdma_device: Option<String>,
+    /// How peers are reached. Default: the process's.
+    pub fabric: Fabric,
 }
 
 impl Default for ServerOptions {
@@ -56,8 +56,7 @@ impl Default for ServerOptions {
             max_connections: 4096,
             handshake_time: HANDSHAKE_TIME,
             stall_time: STALL_TIME,
-            #[cfg(feature = "rdma")]
-            rdma_device: None,
+            fabric: Fabric::shared(),
         }
     }
 }
@@ -118,10 +117,7 @@ impl Server {
         // std sets SO_REUSEADDR, so a restarted server gets its port back at once.
         let listener = std::net::TcpListener::bind(addr)?;
         listener.set_nonblocking(true)?;
-        #[cfg(feature = "rdma")]
-        let carriers = Carriers::open(options.rdma_device.as_deref());
-        #[cfg(not(feature = "rdma"))]
-        let carriers = Carriers::default();
+        let carriers = Carriers::of(&options.fabric);
         let shared = Shared { carriers, identity, service, options, totals: Arc::default() };
         Ok(Server { listener, shared: Arc::new(shared) })
     }
@@ -233,7 +229,6 @@ async fn serve(
     let peer = format!("{name} ({addr})");
     let reason = match link {
         Link::Tcp((tx, rx)) => carry(&shared, tx, rx, &peer, stop).await,
-        #[cfg(feature = "rdma")]
         Link::Verbs((tx, rx)) => carry(&shared, tx, rx, &peer, stop).await,
     };
     tracing::debug!(%peer, %reason, "disconnected");

@@ -10,17 +10,13 @@
 //! Provisional: no credits (a sender that runs ahead is held by receiver-not-ready retries and the
 //! stall timer), and a block's remote key is good as long as its registration.
 
-mod device;
-mod ffi;
-
-pub(crate) use device::Device;
-
 use super::{Counters, Incoming, LinkRx, LinkTx, Outgoing, Register, Window};
 use crate::buf::{Buf, BufMut, BufPool};
 use crate::error::LinkError;
 use crate::rpc::frame::{FrameKind, HEADER_BYTES, Header};
+use crate::verbs::device::{Address, DEPTH, Keys, Queue};
+use crate::verbs::{Device, ffi};
 use bytes::Bytes;
-use device::{Address, DEPTH, Keys, Queue};
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -129,18 +129,16 @@ async fn a_window_that_is_not_the_peers_is_refused_by_the_device() {
 #[ignore = "needs RDMA devices: tests/rdma-vm/run.sh"]
 async fn client_and_server_agree_on_rdma() {
     use crate::rpc::tests::{ECHO, TestService, call, identity, start_at};
-    use crate::{Call, Client, ClientOptions, ServerOptions};
+    use crate::{Call, Client, ClientOptions, Fabric, NetOptions, ServerOptions};
     let names = std::env::var("FIREFLY_RDMA_DEVICES").unwrap();
     let (a, b) = names.split_once(',').unwrap();
-    let options = |device: &str| ServerOptions { rdma_device: Some(device.into()), ..Default::default() };
+    let rdma = |device: &str| Fabric::open(NetOptions { devices: vec![device.into()], ..Default::default() });
+    let options = |device: &str| ServerOptions { fabric: rdma(device), ..Default::default() };
     let any = || "127.0.0.1:0".parse().unwrap();
     let with = start_at(any(), TestService::new(), options(b));
     let without = start_at(any(), TestService::new(), ServerOptions::default());
     let absent = start_at(any(), TestService::new(), options("nosuch0"));
-    let client = Client::with_options(
-        identity(1),
-        ClientOptions { rdma_device: Some(a.into()), ..Default::default() },
-    );
+    let client = Client::with_options(identity(1), ClientOptions { fabric: rdma(a), ..Default::default() });
     let plain = Client::new(identity(1));
     for (client, server, carrier) in [
         (&client, &with, "rdma"),

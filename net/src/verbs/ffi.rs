@@ -16,7 +16,7 @@ use std::sync::OnceLock;
 macro_rules! opaque {
     ($($name:ident),*) => { $(
         #[repr(C)]
-        pub(super) struct $name {
+        pub(crate) struct $name {
             _private: [u8; 0],
         }
     )* };
@@ -25,114 +25,114 @@ macro_rules! opaque {
 opaque!(ibv_device, ibv_srq);
 
 #[repr(C)]
-pub(super) struct ibv_context_ops {
+pub(crate) struct ibv_context_ops {
     _before_poll_cq: [*mut c_void; 11],
-    pub(super) poll_cq: unsafe extern "C" fn(*mut ibv_cq, c_int, *mut ibv_wc) -> c_int,
-    pub(super) req_notify_cq: unsafe extern "C" fn(*mut ibv_cq, c_int) -> c_int,
+    pub(crate) poll_cq: unsafe extern "C" fn(*mut ibv_cq, c_int, *mut ibv_wc) -> c_int,
+    pub(crate) req_notify_cq: unsafe extern "C" fn(*mut ibv_cq, c_int) -> c_int,
     _before_post_send: [*mut c_void; 12],
-    pub(super) post_send: unsafe extern "C" fn(*mut ibv_qp, *mut ibv_send_wr, *mut *mut ibv_send_wr) -> c_int,
-    pub(super) post_recv: unsafe extern "C" fn(*mut ibv_qp, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> c_int,
+    pub(crate) post_send: unsafe extern "C" fn(*mut ibv_qp, *mut ibv_send_wr, *mut *mut ibv_send_wr) -> c_int,
+    pub(crate) post_recv: unsafe extern "C" fn(*mut ibv_qp, *mut ibv_recv_wr, *mut *mut ibv_recv_wr) -> c_int,
 }
 
 /// Only the beginning; made by the library.
 #[repr(C)]
-pub(super) struct ibv_context {
-    pub(super) device: *mut ibv_device,
-    pub(super) ops: ibv_context_ops,
+pub(crate) struct ibv_context {
+    pub(crate) device: *mut ibv_device,
+    pub(crate) ops: ibv_context_ops,
 }
 
 #[repr(C)]
-pub(super) struct ibv_pd {
-    pub(super) context: *mut ibv_context,
-    pub(super) handle: u32,
+pub(crate) struct ibv_pd {
+    pub(crate) context: *mut ibv_context,
+    pub(crate) handle: u32,
 }
 
 #[repr(C)]
-pub(super) struct ibv_mr {
-    pub(super) context: *mut ibv_context,
-    pub(super) pd: *mut ibv_pd,
-    pub(super) addr: *mut c_void,
-    pub(super) length: usize,
-    pub(super) handle: u32,
-    pub(super) lkey: u32,
-    pub(super) rkey: u32,
+pub(crate) struct ibv_mr {
+    pub(crate) context: *mut ibv_context,
+    pub(crate) pd: *mut ibv_pd,
+    pub(crate) addr: *mut c_void,
+    pub(crate) length: usize,
+    pub(crate) handle: u32,
+    pub(crate) lkey: u32,
+    pub(crate) rkey: u32,
 }
 
 #[repr(C)]
-pub(super) struct ibv_comp_channel {
-    pub(super) context: *mut ibv_context,
-    pub(super) fd: c_int,
-    pub(super) refcnt: c_int,
-}
-
-/// Only the beginning; made by the library.
-#[repr(C)]
-pub(super) struct ibv_cq {
-    pub(super) context: *mut ibv_context,
-    pub(super) channel: *mut ibv_comp_channel,
-    pub(super) cq_context: *mut c_void,
-    pub(super) handle: u32,
-    pub(super) cqe: c_int,
+pub(crate) struct ibv_comp_channel {
+    pub(crate) context: *mut ibv_context,
+    pub(crate) fd: c_int,
+    pub(crate) refcnt: c_int,
 }
 
 /// Only the beginning; made by the library.
 #[repr(C)]
-pub(super) struct ibv_qp {
-    pub(super) context: *mut ibv_context,
-    pub(super) qp_context: *mut c_void,
-    pub(super) pd: *mut ibv_pd,
-    pub(super) send_cq: *mut ibv_cq,
-    pub(super) recv_cq: *mut ibv_cq,
-    pub(super) srq: *mut ibv_srq,
-    pub(super) handle: u32,
-    pub(super) qp_num: u32,
+pub(crate) struct ibv_cq {
+    pub(crate) context: *mut ibv_context,
+    pub(crate) channel: *mut ibv_comp_channel,
+    pub(crate) cq_context: *mut c_void,
+    pub(crate) handle: u32,
+    pub(crate) cqe: c_int,
+}
+
+/// Only the beginning; made by the library.
+#[repr(C)]
+pub(crate) struct ibv_qp {
+    pub(crate) context: *mut ibv_context,
+    pub(crate) qp_context: *mut c_void,
+    pub(crate) pd: *mut ibv_pd,
+    pub(crate) send_cq: *mut ibv_cq,
+    pub(crate) recv_cq: *mut ibv_cq,
+    pub(crate) srq: *mut ibv_srq,
+    pub(crate) handle: u32,
+    pub(crate) qp_num: u32,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-pub(super) struct ibv_wc {
-    pub(super) wr_id: u64,
-    pub(super) status: c_uint,
-    pub(super) opcode: c_uint,
-    pub(super) vendor_err: u32,
-    pub(super) byte_len: u32,
-    pub(super) imm_data: u32,
-    pub(super) qp_num: u32,
-    pub(super) src_qp: u32,
-    pub(super) wc_flags: c_uint,
-    pub(super) pkey_index: u16,
-    pub(super) slid: u16,
-    pub(super) sl: u8,
-    pub(super) dlid_path_bits: u8,
+pub(crate) struct ibv_wc {
+    pub(crate) wr_id: u64,
+    pub(crate) status: c_uint,
+    pub(crate) opcode: c_uint,
+    pub(crate) vendor_err: u32,
+    pub(crate) byte_len: u32,
+    pub(crate) imm_data: u32,
+    pub(crate) qp_num: u32,
+    pub(crate) src_qp: u32,
+    pub(crate) wc_flags: c_uint,
+    pub(crate) pkey_index: u16,
+    pub(crate) slid: u16,
+    pub(crate) sl: u8,
+    pub(crate) dlid_path_bits: u8,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-pub(super) struct ibv_sge {
-    pub(super) addr: u64,
-    pub(super) length: u32,
-    pub(super) lkey: u32,
+pub(crate) struct ibv_sge {
+    pub(crate) addr: u64,
+    pub(crate) length: u32,
+    pub(crate) lkey: u32,
 }
 
 /// The unions after `imm_data` are spelled as the members that RC queue pairs use.
 #[repr(C)]
-pub(super) struct ibv_send_wr {
-    pub(super) wr_id: u64,
-    pub(super) next: *mut ibv_send_wr,
-    pub(super) sg_list: *mut ibv_sge,
-    pub(super) num_sge: c_int,
-    pub(super) opcode: c_uint,
-    pub(super) send_flags: c_uint,
-    pub(super) imm_data: u32,
-    pub(super) remote_addr: u64,
-    pub(super) rkey: u32,
+pub(crate) struct ibv_send_wr {
+    pub(crate) wr_id: u64,
+    pub(crate) next: *mut ibv_send_wr,
+    pub(crate) sg_list: *mut ibv_sge,
+    pub(crate) num_sge: c_int,
+    pub(crate) opcode: c_uint,
+    pub(crate) send_flags: c_uint,
+    pub(crate) imm_data: u32,
+    pub(crate) remote_addr: u64,
+    pub(crate) rkey: u32,
     _rest_of_wr: [u32; 5],
     _qp_type: u32,
     _bind_or_tso: [u64; 6],
 }
 
 impl ibv_send_wr {
-    pub(super) fn new(wr_id: u64, opcode: c_uint, sge: &mut ibv_sge) -> ibv_send_wr {
+    pub(crate) fn new(wr_id: u64, opcode: c_uint, sge: &mut ibv_sge) -> ibv_send_wr {
         ibv_send_wr {
             wr_id,
             next: std::ptr::null_mut(),
@@ -151,164 +151,164 @@ impl ibv_send_wr {
 }
 
 #[repr(C)]
-pub(super) struct ibv_recv_wr {
-    pub(super) wr_id: u64,
-    pub(super) next: *mut ibv_recv_wr,
-    pub(super) sg_list: *mut ibv_sge,
-    pub(super) num_sge: c_int,
+pub(crate) struct ibv_recv_wr {
+    pub(crate) wr_id: u64,
+    pub(crate) next: *mut ibv_recv_wr,
+    pub(crate) sg_list: *mut ibv_sge,
+    pub(crate) num_sge: c_int,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-pub(super) struct ibv_qp_cap {
-    pub(super) max_send_wr: u32,
-    pub(super) max_recv_wr: u32,
-    pub(super) max_send_sge: u32,
-    pub(super) max_recv_sge: u32,
-    pub(super) max_inline_data: u32,
+pub(crate) struct ibv_qp_cap {
+    pub(crate) max_send_wr: u32,
+    pub(crate) max_recv_wr: u32,
+    pub(crate) max_send_sge: u32,
+    pub(crate) max_recv_sge: u32,
+    pub(crate) max_inline_data: u32,
 }
 
 #[repr(C)]
-pub(super) struct ibv_qp_init_attr {
-    pub(super) qp_context: *mut c_void,
-    pub(super) send_cq: *mut ibv_cq,
-    pub(super) recv_cq: *mut ibv_cq,
-    pub(super) srq: *mut ibv_srq,
-    pub(super) cap: ibv_qp_cap,
-    pub(super) qp_type: c_uint,
-    pub(super) sq_sig_all: c_int,
+pub(crate) struct ibv_qp_init_attr {
+    pub(crate) qp_context: *mut c_void,
+    pub(crate) send_cq: *mut ibv_cq,
+    pub(crate) recv_cq: *mut ibv_cq,
+    pub(crate) srq: *mut ibv_srq,
+    pub(crate) cap: ibv_qp_cap,
+    pub(crate) qp_type: c_uint,
+    pub(crate) sq_sig_all: c_int,
 }
 
 /// A union with a `__be64` pair in C, hence the alignment.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct ibv_gid {
-    pub(super) raw: [u8; 16],
+pub(crate) struct ibv_gid {
+    pub(crate) raw: [u8; 16],
 }
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-pub(super) struct ibv_global_route {
-    pub(super) dgid: ibv_gid,
-    pub(super) flow_label: u32,
-    pub(super) sgid_index: u8,
-    pub(super) hop_limit: u8,
-    pub(super) traffic_class: u8,
+pub(crate) struct ibv_global_route {
+    pub(crate) dgid: ibv_gid,
+    pub(crate) flow_label: u32,
+    pub(crate) sgid_index: u8,
+    pub(crate) hop_limit: u8,
+    pub(crate) traffic_class: u8,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-pub(super) struct ibv_ah_attr {
-    pub(super) grh: ibv_global_route,
-    pub(super) dlid: u16,
-    pub(super) sl: u8,
-    pub(super) src_path_bits: u8,
-    pub(super) static_rate: u8,
-    pub(super) is_global: u8,
-    pub(super) port_num: u8,
+pub(crate) struct ibv_ah_attr {
+    pub(crate) grh: ibv_global_route,
+    pub(crate) dlid: u16,
+    pub(crate) sl: u8,
+    pub(crate) src_path_bits: u8,
+    pub(crate) static_rate: u8,
+    pub(crate) is_global: u8,
+    pub(crate) port_num: u8,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-pub(super) struct ibv_qp_attr {
-    pub(super) qp_state: c_uint,
-    pub(super) cur_qp_state: c_uint,
-    pub(super) path_mtu: c_uint,
-    pub(super) path_mig_state: c_uint,
-    pub(super) qkey: u32,
-    pub(super) rq_psn: u32,
-    pub(super) sq_psn: u32,
-    pub(super) dest_qp_num: u32,
-    pub(super) qp_access_flags: c_uint,
-    pub(super) cap: ibv_qp_cap,
-    pub(super) ah_attr: ibv_ah_attr,
-    pub(super) alt_ah_attr: ibv_ah_attr,
-    pub(super) pkey_index: u16,
-    pub(super) alt_pkey_index: u16,
-    pub(super) en_sqd_async_notify: u8,
-    pub(super) sq_draining: u8,
-    pub(super) max_rd_atomic: u8,
-    pub(super) max_dest_rd_atomic: u8,
-    pub(super) min_rnr_timer: u8,
-    pub(super) port_num: u8,
-    pub(super) timeout: u8,
-    pub(super) retry_cnt: u8,
-    pub(super) rnr_retry: u8,
-    pub(super) alt_port_num: u8,
-    pub(super) alt_timeout: u8,
-    pub(super) rate_limit: u32,
+pub(crate) struct ibv_qp_attr {
+    pub(crate) qp_state: c_uint,
+    pub(crate) cur_qp_state: c_uint,
+    pub(crate) path_mtu: c_uint,
+    pub(crate) path_mig_state: c_uint,
+    pub(crate) qkey: u32,
+    pub(crate) rq_psn: u32,
+    pub(crate) sq_psn: u32,
+    pub(crate) dest_qp_num: u32,
+    pub(crate) qp_access_flags: c_uint,
+    pub(crate) cap: ibv_qp_cap,
+    pub(crate) ah_attr: ibv_ah_attr,
+    pub(crate) alt_ah_attr: ibv_ah_attr,
+    pub(crate) pkey_index: u16,
+    pub(crate) alt_pkey_index: u16,
+    pub(crate) en_sqd_async_notify: u8,
+    pub(crate) sq_draining: u8,
+    pub(crate) max_rd_atomic: u8,
+    pub(crate) max_dest_rd_atomic: u8,
+    pub(crate) min_rnr_timer: u8,
+    pub(crate) port_num: u8,
+    pub(crate) timeout: u8,
+    pub(crate) retry_cnt: u8,
+    pub(crate) rnr_retry: u8,
+    pub(crate) alt_port_num: u8,
+    pub(crate) alt_timeout: u8,
+    pub(crate) rate_limit: u32,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-pub(super) struct ibv_port_attr {
-    pub(super) state: c_uint,
-    pub(super) max_mtu: c_uint,
-    pub(super) active_mtu: c_uint,
-    pub(super) gid_tbl_len: c_int,
-    pub(super) port_cap_flags: u32,
-    pub(super) max_msg_sz: u32,
-    pub(super) bad_pkey_cntr: u32,
-    pub(super) qkey_viol_cntr: u32,
-    pub(super) pkey_tbl_len: u16,
-    pub(super) lid: u16,
-    pub(super) sm_lid: u16,
-    pub(super) lmc: u8,
-    pub(super) max_vl_num: u8,
-    pub(super) sm_sl: u8,
-    pub(super) subnet_timeout: u8,
-    pub(super) init_type_reply: u8,
-    pub(super) active_width: u8,
-    pub(super) active_speed: u8,
-    pub(super) phys_state: u8,
-    pub(super) link_layer: u8,
-    pub(super) flags: u8,
-    pub(super) port_cap_flags2: u16,
+pub(crate) struct ibv_port_attr {
+    pub(crate) state: c_uint,
+    pub(crate) max_mtu: c_uint,
+    pub(crate) active_mtu: c_uint,
+    pub(crate) gid_tbl_len: c_int,
+    pub(crate) port_cap_flags: u32,
+    pub(crate) max_msg_sz: u32,
+    pub(crate) bad_pkey_cntr: u32,
+    pub(crate) qkey_viol_cntr: u32,
+    pub(crate) pkey_tbl_len: u16,
+    pub(crate) lid: u16,
+    pub(crate) sm_lid: u16,
+    pub(crate) lmc: u8,
+    pub(crate) max_vl_num: u8,
+    pub(crate) sm_sl: u8,
+    pub(crate) subnet_timeout: u8,
+    pub(crate) init_type_reply: u8,
+    pub(crate) active_width: u8,
+    pub(crate) active_speed: u8,
+    pub(crate) phys_state: u8,
+    pub(crate) link_layer: u8,
+    pub(crate) flags: u8,
+    pub(crate) port_cap_flags2: u16,
     /// Newer libraries append fields; the exported call writes none of them.
     _newer: [u64; 4],
 }
 
-pub(super) const IBV_PORT_ACTIVE: c_uint = 4;
-pub(super) const IBV_QPT_RC: c_uint = 2;
-pub(super) const IBV_QPS_INIT: c_uint = 1;
-pub(super) const IBV_QPS_RTR: c_uint = 2;
-pub(super) const IBV_QPS_RTS: c_uint = 3;
-pub(super) const IBV_WR_RDMA_WRITE: c_uint = 0;
-pub(super) const IBV_WR_SEND: c_uint = 2;
-pub(super) const IBV_WR_RDMA_READ: c_uint = 4;
-pub(super) const IBV_SEND_SIGNALED: c_uint = 1 << 1;
-pub(super) const IBV_ACCESS_LOCAL_WRITE: c_int = 1;
-pub(super) const IBV_ACCESS_REMOTE_WRITE: c_int = 1 << 1;
-pub(super) const IBV_ACCESS_REMOTE_READ: c_int = 1 << 2;
-pub(super) const IBV_WC_SUCCESS: c_uint = 0;
-pub(super) const IBV_WC_RECV: c_uint = 1 << 7;
+pub(crate) const IBV_PORT_ACTIVE: c_uint = 4;
+pub(crate) const IBV_QPT_RC: c_uint = 2;
+pub(crate) const IBV_QPS_INIT: c_uint = 1;
+pub(crate) const IBV_QPS_RTR: c_uint = 2;
+pub(crate) const IBV_QPS_RTS: c_uint = 3;
+pub(crate) const IBV_WR_RDMA_WRITE: c_uint = 0;
+pub(crate) const IBV_WR_SEND: c_uint = 2;
+pub(crate) const IBV_WR_RDMA_READ: c_uint = 4;
+pub(crate) const IBV_SEND_SIGNALED: c_uint = 1 << 1;
+pub(crate) const IBV_ACCESS_LOCAL_WRITE: c_int = 1;
+pub(crate) const IBV_ACCESS_REMOTE_WRITE: c_int = 1 << 1;
+pub(crate) const IBV_ACCESS_REMOTE_READ: c_int = 1 << 2;
+pub(crate) const IBV_WC_SUCCESS: c_uint = 0;
+pub(crate) const IBV_WC_RECV: c_uint = 1 << 7;
 
 /// Bits of `ibv_modify_qp`'s mask.
-pub(super) mod mask {
+pub(crate) mod mask {
     use std::ffi::c_int;
 
-    pub(in super::super) const STATE: c_int = 1;
-    pub(in super::super) const ACCESS: c_int = 1 << 3;
-    pub(in super::super) const PKEY_INDEX: c_int = 1 << 4;
-    pub(in super::super) const PORT: c_int = 1 << 5;
-    pub(in super::super) const AV: c_int = 1 << 7;
-    pub(in super::super) const PATH_MTU: c_int = 1 << 8;
-    pub(in super::super) const TIMEOUT: c_int = 1 << 9;
-    pub(in super::super) const RETRY_CNT: c_int = 1 << 10;
-    pub(in super::super) const RNR_RETRY: c_int = 1 << 11;
-    pub(in super::super) const RQ_PSN: c_int = 1 << 12;
-    pub(in super::super) const MAX_RD_ATOMIC: c_int = 1 << 13;
-    pub(in super::super) const MIN_RNR_TIMER: c_int = 1 << 15;
-    pub(in super::super) const SQ_PSN: c_int = 1 << 16;
-    pub(in super::super) const MAX_DEST_RD_ATOMIC: c_int = 1 << 17;
-    pub(in super::super) const DEST_QPN: c_int = 1 << 20;
+    pub(crate) const STATE: c_int = 1;
+    pub(crate) const ACCESS: c_int = 1 << 3;
+    pub(crate) const PKEY_INDEX: c_int = 1 << 4;
+    pub(crate) const PORT: c_int = 1 << 5;
+    pub(crate) const AV: c_int = 1 << 7;
+    pub(crate) const PATH_MTU: c_int = 1 << 8;
+    pub(crate) const TIMEOUT: c_int = 1 << 9;
+    pub(crate) const RETRY_CNT: c_int = 1 << 10;
+    pub(crate) const RNR_RETRY: c_int = 1 << 11;
+    pub(crate) const RQ_PSN: c_int = 1 << 12;
+    pub(crate) const MAX_RD_ATOMIC: c_int = 1 << 13;
+    pub(crate) const MIN_RNR_TIMER: c_int = 1 << 15;
+    pub(crate) const SQ_PSN: c_int = 1 << 16;
+    pub(crate) const MAX_DEST_RD_ATOMIC: c_int = 1 << 17;
+    pub(crate) const DEST_QPN: c_int = 1 << 20;
 }
 
 macro_rules! api {
     ($(fn $name:ident($($arg:ty),*) $(-> $ret:ty)?;)*) => {
         /// The exported calls. The library stays loaded for the process's life.
-        pub(super) struct Api {
-            $(pub(super) $name: unsafe extern "C" fn($($arg),*) $(-> $ret)?,)*
+        pub(crate) struct Api {
+            $(pub(crate) $name: unsafe extern "C" fn($($arg),*) $(-> $ret)?,)*
         }
 
         impl Api {
@@ -359,7 +359,7 @@ api! {
 }
 
 /// The library, or why it cannot be had on this machine.
-pub(super) fn api() -> Result<&'static Api, &'static str> {
+pub(crate) fn api() -> Result<&'static Api, &'static str> {
     static API: OnceLock<Result<Api, String>> = OnceLock::new();
     API.get_or_init(Api::load).as_ref().map_err(String::as_str)
 }

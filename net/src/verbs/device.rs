@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Work requests in flight on the send side, and receives posted.
-pub(super) const DEPTH: usize = 64;
+pub(crate) const DEPTH: usize = 64;
 /// READs in flight at one time; every verbs device takes as many.
 const READS: u8 = 4;
 const PORT: u8 = 1;
@@ -137,13 +137,13 @@ impl Device {
     }
 
     /// As the system names it.
-    pub(super) fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
     /// Registrations made so far: blocks are registered once, so it stops growing.
     #[cfg(test)]
-    pub(super) fn registrations_made(&self) -> usize {
+    pub(crate) fn registrations_made(&self) -> usize {
         self.registrations.load(Ordering::Relaxed)
     }
 
@@ -161,12 +161,12 @@ impl Device {
     }
 
     /// The keys of a receive buffer's block.
-    pub(super) fn keys_of_mut(self: &Arc<Self>, buf: &BufMut) -> Result<Keys, LinkError> {
+    pub(crate) fn keys_of_mut(self: &Arc<Self>, buf: &BufMut) -> Result<Keys, LinkError> {
         Ok(Keys::of(&buf.registration(self.fabric, |p, n| self.register(p, n))?))
     }
 
     /// The keys of a shared buffer's block.
-    pub(super) fn keys_of(self: &Arc<Self>, buf: &Buf) -> Result<Keys, LinkError> {
+    pub(crate) fn keys_of(self: &Arc<Self>, buf: &Buf) -> Result<Keys, LinkError> {
         Ok(Keys::of(&buf.registration(self.fabric, |p, n| self.register(p, n))?))
     }
 }
@@ -183,9 +183,9 @@ impl Drop for Device {
 
 /// How a block's memory is named: locally and by the peer.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Keys {
-    pub(super) local: u32,
-    pub(super) remote: u32,
+pub(crate) struct Keys {
+    pub(crate) local: u32,
+    pub(crate) remote: u32,
 }
 
 impl Keys {
@@ -217,15 +217,15 @@ impl Drop for Registration {
 
 /// What the peer needs to know about a queue pair.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) struct Address {
-    pub(super) qp: u32,
-    pub(super) psn: u32,
-    pub(super) gid: [u8; 16],
-    pub(super) mtu: u32,
+pub(crate) struct Address {
+    pub(crate) qp: u32,
+    pub(crate) psn: u32,
+    pub(crate) gid: [u8; 16],
+    pub(crate) mtu: u32,
 }
 
 /// A reliable connected queue pair with its own completion queue and event channel.
-pub(super) struct Queue {
+pub(crate) struct Queue {
     device: Arc<Device>,
     channel: NonNull<ffi::ibv_comp_channel>,
     cq: NonNull<ffi::ibv_cq>,
@@ -238,7 +238,7 @@ unsafe impl Send for Queue {}
 
 impl Queue {
     /// Makes a queue pair in the INIT state: receives may be posted.
-    pub(super) fn new(device: &Arc<Device>, psn: u32) -> Result<Queue, LinkError> {
+    pub(crate) fn new(device: &Arc<Device>, psn: u32) -> Result<Queue, LinkError> {
         let (api, name) = (device.api, device.name.as_str());
         // SAFETY: an open device.
         let channel = unsafe { (api.ibv_create_comp_channel)(device.context.as_ptr()) };
@@ -301,14 +301,14 @@ impl Queue {
         check(code, &self.device.name, what)
     }
 
-    pub(super) fn address(&self) -> Address {
+    pub(crate) fn address(&self) -> Address {
         // SAFETY: a live queue pair.
         let qp = unsafe { self.qp.as_ref() }.qp_num;
         Address { qp, psn: self.psn, gid: self.device.gid.raw, mtu: self.device.mtu }
     }
 
     /// Connects to the peer's queue pair: both may send once both have done this.
-    pub(super) fn connect(&self, peer: &Address) -> Result<(), LinkError> {
+    pub(crate) fn connect(&self, peer: &Address) -> Result<(), LinkError> {
         let mut attr = ffi::ibv_qp_attr {
             qp_state: ffi::IBV_QPS_RTR,
             path_mtu: self.device.mtu.min(peer.mtu),
@@ -347,7 +347,7 @@ impl Queue {
     /// # Safety
     /// The memory of `sge` must stay valid (for a READ, untouched) until its completion was polled
     /// or the queue was destroyed.
-    pub(super) unsafe fn post(
+    pub(crate) unsafe fn post(
         &self,
         id: u64,
         opcode: c_uint,
@@ -370,7 +370,7 @@ impl Queue {
     /// # Safety
     /// The memory of `sge` must stay valid and untouched until its completion was polled or the
     /// queue was destroyed.
-    pub(super) unsafe fn post_recv(&self, id: u64, mut sge: ffi::ibv_sge) -> Result<(), LinkError> {
+    pub(crate) unsafe fn post_recv(&self, id: u64, mut sge: ffi::ibv_sge) -> Result<(), LinkError> {
         let mut wr =
             ffi::ibv_recv_wr { wr_id: id, next: std::ptr::null_mut(), sg_list: &mut sge, num_sge: 1 };
         let mut bad = std::ptr::null_mut();
@@ -388,7 +388,7 @@ impl Queue {
     }
 
     /// A descriptor of the event channel with a life of its own.
-    pub(super) fn events(&self) -> io::Result<OwnedFd> {
+    pub(crate) fn events(&self) -> io::Result<OwnedFd> {
         // SAFETY: a plain system call on a live descriptor.
         let fd = unsafe { libc::fcntl(self.fd(), libc::F_DUPFD_CLOEXEC, 0) };
         // SAFETY: just made, owned by nobody else.
@@ -403,7 +403,7 @@ impl Queue {
 
     /// Takes events off the channel, arms it again and takes all completions: whatever completes
     /// after the last look makes a new event. Returns the number of events.
-    pub(super) fn drain(&self, out: &mut Vec<ffi::ibv_wc>) -> Result<usize, LinkError> {
+    pub(crate) fn drain(&self, out: &mut Vec<ffi::ibv_wc>) -> Result<usize, LinkError> {
         let mut events = 0;
         let (mut cq, mut context) = (std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: a live, non-blocking channel and out parameters.
@@ -431,7 +431,7 @@ impl Queue {
     }
 
     /// What a failed completion means.
-    pub(super) fn error(&self, wc: &ffi::ibv_wc, what: &'static str) -> LinkError {
+    pub(crate) fn error(&self, wc: &ffi::ibv_wc, what: &'static str) -> LinkError {
         // SAFETY: returns a constant C string for any number.
         let text = unsafe { CStr::from_ptr((self.device.api.ibv_wc_status_str)(wc.status)) };
         refused(&self.device.name, what, &text.to_string_lossy())
