@@ -1,5 +1,6 @@
 //! Why a call, a handshake or a link failed.
 
+pub use crate::verbs::status::WorkError;
 use firefly_types::{ErrorKind, WireError};
 use std::io;
 use std::time::Duration;
@@ -165,13 +166,25 @@ pub enum LinkError {
         /// What it said.
         reason: String,
     },
+    /// Work that a device had taken was not done.
+    #[error("{device}: {what} failed: {error}")]
+    Work {
+        /// Which device.
+        device: String,
+        /// What was to be done.
+        what: &'static str,
+        /// What became of it.
+        error: WorkError,
+    },
 }
 
 impl LinkError {
     /// The small public kind.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            LinkError::Closed | LinkError::Io(_) | LinkError::Stalled(_) => ErrorKind::Disconnected,
+            LinkError::Closed | LinkError::Io(_) | LinkError::Stalled(_) | LinkError::Work { .. } => {
+                ErrorKind::Disconnected
+            }
             LinkError::Protocol(_) => ErrorKind::InvalidArgument,
             LinkError::Device { .. } => ErrorKind::Unavailable,
         }

@@ -2,7 +2,7 @@
 //! traffic is marked on the wire. Opened once per process, because registrations of memory belong
 //! to an open device.
 
-use crate::verbs::Device;
+use crate::verbs::{Device, Port};
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
@@ -87,6 +87,17 @@ impl NetOptions {
 #[derive(Clone)]
 pub(crate) struct Rail {
     pub(crate) device: Arc<Device>,
+    pub(crate) port: Port,
+}
+
+impl Rail {
+    /// The first usable port of the device `name`.
+    pub(crate) fn open(name: &str) -> Result<Rail, String> {
+        let device = Device::open(name).map_err(|e| e.to_string())?;
+        let ports = (1..=device.limits().ports).map(|number| device.port(number));
+        let port = ports.reduce(|a, b| a.or(b)).unwrap_or_else(|| Err("it has no port".into()));
+        port.map(|port| Rail { device: device.clone(), port }).map_err(|why| format!("{name}: {why}"))
+    }
 }
 
 struct Inner {
@@ -111,9 +122,9 @@ impl Fabric {
             why_not = Some("no RDMA device was named".to_owned());
         }
         for name in options.devices.iter().filter(|_| options.transport != Transport::Tcp) {
-            match Device::open(name) {
-                Ok(device) => rails.push(Rail { device }),
-                Err(error) => why_not = Some(error.to_string()),
+            match Rail::open(name) {
+                Ok(rail) => rails.push(rail),
+                Err(why) => why_not = Some(why),
             }
         }
         Fabric(Arc::new(Inner { options, rails, why_not }))

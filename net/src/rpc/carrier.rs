@@ -4,9 +4,8 @@
 
 use super::{HandshakeError, ended};
 use crate::error::LinkError;
-use crate::fabric::Fabric;
+use crate::fabric::{Fabric, Rail};
 use crate::link::{Counters, tcp, verbs};
-use crate::verbs::Device;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -27,17 +26,17 @@ pub(super) enum Link {
 /// What this side has beside TCP.
 #[derive(Default)]
 pub(super) struct Carriers {
-    device: Option<Arc<Device>>,
+    rail: Option<Rail>,
 }
 
 impl Carriers {
     /// The first rail of `fabric`.
     pub(super) fn of(fabric: &Fabric) -> Carriers {
-        Carriers { device: fabric.rails().first().map(|rail| rail.device.clone()) }
+        Carriers { rail: fabric.rails().first().cloned() }
     }
 
     fn offers(&self) -> u8 {
-        if self.device.is_some() { OFFER_RDMA } else { 0 }
+        if self.rail.is_some() { OFFER_RDMA } else { 0 }
     }
 
     /// The client's hello.
@@ -88,9 +87,9 @@ impl Carriers {
         match choice {
             USE_TCP => Ok(Link::Tcp(tcp::split(stream, counters, stall))),
             USE_RDMA => {
-                let device = self.device.clone();
-                let device = device.ok_or_else(|| LinkError::Protocol("RDMA without a device".into()))?;
-                Ok(Link::Verbs(verbs::connect(stream, device, counters, stall).await?))
+                let rail = self.rail.as_ref();
+                let rail = rail.ok_or_else(|| LinkError::Protocol("RDMA without a device".into()))?;
+                Ok(Link::Verbs(verbs::connect(stream, rail, counters, stall).await?))
             }
             other => Err(LinkError::Protocol(format!("carrier {other} was chosen, which was not offered"))),
         }
