@@ -10,8 +10,8 @@
 //! Provisional: no credits (a sender that runs ahead is held by receiver-not-ready retries and the
 //! stall timer), and a block's remote key is good as long as its registration.
 
-use super::{Counters, Incoming, LinkRx, LinkTx, Outgoing, Register, Window};
-use crate::buf::{Buf, BufMut, BufPool};
+use super::{Counters, Incoming, LinkOptions, LinkRx, LinkTx, Outgoing, Register, Window};
+use crate::buf::{Buf, BufMut, BufPool, HeadRoom};
 use crate::error::LinkError;
 use crate::fabric::Rail;
 use crate::rpc::frame::{FrameKind, HEADER_BYTES, Header};
@@ -226,14 +226,15 @@ async fn pump(shared: Arc<Shared>, events: AsyncFd<OwnedFd>) {
 pub(crate) async fn connect(
     mut side: TcpStream,
     rail: &Rail,
-    counters: Arc<Counters>,
-    stall: Duration,
+    link: LinkOptions,
 ) -> Result<(VerbsTx, VerbsRx), LinkError> {
+    let LinkOptions { counters, stall, class, .. } = link;
     let device = rail.device.clone();
     let options = QueueOptions {
         sends: DEPTH as u32,
         receives: DEPTH as u32,
         reads: READS,
+        class,
         // Provisional: no credits.
         rnr_retries: 7,
         ..Default::default()
@@ -399,6 +400,10 @@ impl VerbsTx {
 impl LinkTx for VerbsTx {
     const NAME: &'static str = "rdma";
 
+    fn device(&self) -> Option<String> {
+        Some(self.half.0.device.name().to_owned())
+    }
+
     fn register(&self) -> Arc<dyn Register> {
         Arc::new(Memory(self.half.0.device.clone()))
     }
@@ -495,7 +500,7 @@ impl LinkRx for VerbsRx {
             return Err(LinkError::Protocol(what));
         }
         let head = Bytes::from(bytes).slice(HEADER_BYTES + WINDOWS..);
-        Ok(Incoming { header, head, source, window })
+        Ok(Incoming { header, head, source, window, room: HeadRoom::default() })
     }
 
     async fn pull(&mut self, from: &Incoming, into: BufMut) -> Result<BufMut, LinkError> {

@@ -6,8 +6,6 @@ use crate::link::contract::link_contract;
 use crate::rpc::tests::rpc_contract;
 use tokio::net::TcpListener;
 
-const LONG: Duration = Duration::from_secs(120);
-
 fn rails() -> (Rail, Rail) {
     let names = std::env::var("FIREFLY_RDMA_DEVICES").expect("FIREFLY_RDMA_DEVICES names two devices");
     let (a, b) = names.split_once(',').expect("two names with a comma between");
@@ -18,8 +16,10 @@ async fn pair_of((a, b): (Rail, Rail)) -> ((VerbsTx, VerbsRx), (VerbsTx, VerbsRx
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (server, _) = listener.accept().await.unwrap();
-    let (client, server) =
-        tokio::join!(connect(client, &a, Arc::default(), LONG), connect(server, &b, Arc::default(), LONG));
+    let (client, server) = tokio::join!(
+        connect(client, &a, LinkOptions::of_tests()),
+        connect(server, &b, LinkOptions::of_tests())
+    );
     (client.unwrap(), server.unwrap())
 }
 
