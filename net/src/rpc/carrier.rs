@@ -4,8 +4,10 @@
 
 use super::{HandshakeError, ended};
 use crate::error::LinkError;
-use crate::fabric::{Fabric, Rail};
+use crate::fabric::Fabric;
 use crate::link::{LinkOptions, tcp, verbs};
+use crate::verbs::Rail;
+use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -33,7 +35,7 @@ pub(super) enum Link {
 /// What this side has beside TCP.
 #[derive(Default)]
 pub(super) struct Carriers {
-    rail: Option<Rail>,
+    rail: Option<Arc<Rail>>,
 }
 
 impl Carriers {
@@ -47,7 +49,7 @@ impl Carriers {
         usize::from(self.rail.is_some())
     }
 
-    fn rail(&self, want: Want) -> Option<&Rail> {
+    fn rail(&self, want: Want) -> Option<&Arc<Rail>> {
         match want {
             Want::Rail(0) => self.rail.as_ref(),
             Want::Rail(_) | Want::Tcp => None,
@@ -95,7 +97,7 @@ impl Carriers {
         &self,
         choice: u8,
         stream: TcpStream,
-        rail: Option<&Rail>,
+        rail: Option<&Arc<Rail>>,
         options: LinkOptions,
     ) -> Result<Link, HandshakeError> {
         match (choice, rail) {

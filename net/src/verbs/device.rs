@@ -97,19 +97,19 @@ struct List {
 }
 
 impl List {
-    fn get() -> Result<List, LinkError> {
-        let api = ffi::api().map_err(|reason| refused("RDMA", "loading the library", reason))?;
+    /// The error is a reason in words.
+    fn get() -> Result<List, String> {
+        let api = ffi::api().map_err(str::to_owned)?;
         let mut count = 0;
         // SAFETY: an out parameter; the list is freed in drop.
         let list = unsafe { (api.ibv_get_device_list)(&mut count) };
         // A kernel without RDMA is told by errno: ENOSYS.
         let first = NonNull::new(list).ok_or_else(|| {
             let error = io::Error::last_os_error();
-            let reason = match error.raw_os_error() {
-                Some(libc::ENOSYS) => "the kernel has no RDMA support loaded".to_owned(),
-                _ => error.to_string(),
-            };
-            refused("RDMA", "listing the devices", &reason)
+            match error.raw_os_error() {
+                Some(libc::ENOSYS) => "no RDMA device: the kernel has no RDMA support loaded".to_owned(),
+                _ => format!("libibverbs cannot list the RDMA devices: {error}"),
+            }
         })?;
         Ok(List { api, first, count: usize::try_from(count).unwrap_or(0) })
     }
@@ -136,8 +136,8 @@ impl Device {
     /// Names of this machine's devices, such as "mlx5_0".
     ///
     /// # Errors
-    /// No library, or a kernel without RDMA.
-    pub(crate) fn names() -> Result<Vec<String>, LinkError> {
+    /// Why there can be none, in words: no library, or a kernel without RDMA.
+    pub(crate) fn names() -> Result<Vec<String>, String> {
         let mut names: Vec<String> = List::get()?.names().map(|(name, _)| name).collect();
         names.sort();
         Ok(names)
@@ -148,7 +148,7 @@ impl Device {
     /// # Errors
     /// There is no library, no such device, or the device says no.
     pub(crate) fn open(name: &str) -> Result<Arc<Device>, LinkError> {
-        let list = List::get()?;
+        let list = List::get().map_err(|reason| refused(name, "finding it", &reason))?;
         let api = list.api;
         let found = list.names().find(|(n, _)| n == name);
         let (_, device) = found.ok_or_else(|| refused(name, "finding it", "no RDMA device has this name"))?;

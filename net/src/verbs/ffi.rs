@@ -438,7 +438,10 @@ macro_rules! api {
             fn load() -> Result<Api, String> {
                 // SAFETY: libibverbs' initialisers are those that any linked program runs.
                 let library = unsafe { Library::new("libibverbs.so.1") }
-                    .map_err(|e| format!("libibverbs.so.1 is not installed ({e})"))?;
+                    .map_err(|e| match e.to_string() {
+                        text if text.contains("No such file") => "libibverbs.so.1 is not installed".to_owned(),
+                        text => format!("libibverbs.so.1 cannot be loaded: {text}"),
+                    })?;
                 // SAFETY: the type is that of the C declaration.
                 let optional = unsafe { library.get::<RegisterOptional>(b"ibv_reg_mr_iova2\0") };
                 let optional = optional.ok().map(|symbol| *symbol);

@@ -8,8 +8,10 @@ pub(crate) mod device;
 pub(crate) mod ffi;
 pub(crate) mod port;
 pub(crate) mod queue;
+pub(crate) mod rail;
 pub(crate) mod status;
 
 pub(crate) use device::{Device, Keys, Reach, Region};
 pub(crate) use port::Port;
 pub(crate) use queue::{Address, Completion, Done, Op, Queue, QueueOptions, Remote, Request};
+pub(crate) use rail::{Rail, Watcher};

@@ -1,12 +1,10 @@
 //! A device's ports and by which addresses (GIDs) they are reached, from verbs and sysfs.
 
-use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
 /// What the cable speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LinkLayer {
     /// InfiniBand: addressed by LID within a subnet.
     InfiniBand,
@@ -14,15 +12,32 @@ pub(crate) enum LinkLayer {
     Ethernet,
 }
 
+impl LinkLayer {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            LinkLayer::InfiniBand => "infiniband",
+            LinkLayer::Ethernet => "ethernet",
+        }
+    }
+}
+
 /// How packets to a GID are framed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum GidKind {
     /// RoCE v2: UDP over IP; routable.
-    #[serde(rename = "RoCE v2")]
     RoceV2,
     /// RoCE v1 or InfiniBand.
-    #[serde(rename = "IB/RoCE v1")]
     Ib,
+}
+
+impl GidKind {
+    /// As sysfs spells it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            GidKind::RoceV2 => "RoCE v2",
+            GidKind::Ib => "IB/RoCE v1",
+        }
+    }
 }
 
 /// One address of a port.
@@ -110,7 +125,7 @@ pub(crate) fn folder(device: &str, port: u8) -> std::path::PathBuf {
 pub(crate) fn gid_attributes(folder: &Path, index: u8) -> (GidKind, Option<String>) {
     let read = |what: &str| std::fs::read_to_string(folder.join(format!("gid_attrs/{what}/{index}"))).ok();
     let kind = match read("types") {
-        Some(text) if text.trim() == "RoCE v2" => GidKind::RoceV2,
+        Some(text) if text.trim() == GidKind::RoceV2.name() => GidKind::RoceV2,
         _ => GidKind::Ib,
     };
     (kind, read("ndevs").map(|text| text.trim().to_owned()).filter(|name| !name.is_empty()))

@@ -13,10 +13,9 @@
 use super::{Counters, Incoming, LinkOptions, LinkRx, LinkTx, Outgoing, Register, Window};
 use crate::buf::{Buf, BufMut, BufPool, HeadRoom};
 use crate::error::LinkError;
-use crate::fabric::Rail;
 use crate::rpc::frame::{FrameKind, HEADER_BYTES, Header};
 use crate::verbs::queue::{Piece, piece};
-use crate::verbs::{Address, Device, Done, Op, Queue, QueueOptions, Remote, Request};
+use crate::verbs::{Address, Device, Done, Op, Queue, QueueOptions, Rail, Remote, Request};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
@@ -230,6 +229,8 @@ pub(crate) async fn connect(
 ) -> Result<(VerbsTx, VerbsRx), LinkError> {
     let LinkOptions { counters, stall, class, .. } = link;
     let device = rail.device.clone();
+    let refused = |reason| LinkError::Device { device: rail.name(), what: "using its port", reason };
+    let port = rail.port().map_err(refused)?;
     let options = QueueOptions {
         sends: DEPTH as u32,
         receives: DEPTH as u32,
@@ -239,7 +240,7 @@ pub(crate) async fn connect(
         rnr_retries: 7,
         ..Default::default()
     };
-    let queue = Queue::new(&device, &rail.port, &options)?;
+    let queue = Queue::new(&device, &port, &options)?;
     let ours = queue.address();
     let shared = Arc::new(Shared {
         state: Mutex::new(State {

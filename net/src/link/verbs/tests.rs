@@ -6,13 +6,14 @@ use crate::link::contract::link_contract;
 use crate::rpc::tests::rpc_contract;
 use tokio::net::TcpListener;
 
-fn rails() -> (Rail, Rail) {
+fn rails() -> (Arc<Rail>, Arc<Rail>) {
     let names = std::env::var("FIREFLY_RDMA_DEVICES").expect("FIREFLY_RDMA_DEVICES names two devices");
     let (a, b) = names.split_once(',').expect("two names with a comma between");
-    (Rail::open(a).unwrap(), Rail::open(b).unwrap())
+    let rail = |name| Rail::new(&Device::open(name).unwrap(), 1);
+    (rail(a), rail(b))
 }
 
-async fn pair_of((a, b): (Rail, Rail)) -> ((VerbsTx, VerbsRx), (VerbsTx, VerbsRx)) {
+async fn pair_of((a, b): (Arc<Rail>, Arc<Rail>)) -> ((VerbsTx, VerbsRx), (VerbsTx, VerbsRx)) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (server, _) = listener.accept().await.unwrap();
@@ -53,7 +54,7 @@ async fn verbs_carry_rpc() {
 #[tokio::test]
 #[ignore = "needs RDMA devices: tests/rdma-vm/run.sh"]
 async fn a_block_is_registered_once() {
-    let a = rails().0.device;
+    let a = rails().0.device.clone();
     let pool = BufPool::new(1 << 20);
     let mut keys = Vec::new();
     for _ in 0..10 {
@@ -132,12 +133,14 @@ async fn client_and_server_agree_on_rdma() {
     use crate::{Call, Client, ClientOptions, Fabric, NetOptions, ServerOptions};
     let names = std::env::var("FIREFLY_RDMA_DEVICES").unwrap();
     let (a, b) = names.split_once(',').unwrap();
-    let rdma = |device: &str| Fabric::open(NetOptions { devices: vec![device.into()], ..Default::default() });
+    let rdma = |device: &str| {
+        Fabric::open(NetOptions { devices: vec![device.into()], ..Default::default() }).unwrap()
+    };
     let options = |device: &str| ServerOptions { fabric: rdma(device), ..Default::default() };
     let any = || "127.0.0.1:0".parse().unwrap();
     let with = start_at(any(), TestService::new(), options(b));
     let without = start_at(any(), TestService::new(), ServerOptions::default());
-    let absent = start_at(any(), TestService::new(), options("nosuch0"));
+    let absent = start_at(any(), TestService::new(), options("nosuch*"));
     let client = Client::with_options(identity(1), ClientOptions { fabric: rdma(a), ..Default::default() });
     let plain = Client::new(identity(1));
     for (client, server, carrier) in [
