@@ -34,7 +34,7 @@ die() { printf 'rdma-vm: FAILED: %s\n' "$*" >&2; exit 1; }
 
 # --- what there is to run -----------------------------------------------------------------------
 # A scenario is a script for the machine, with its properties in lines that begin with "#:".
-declare -A topology limit needs about fast test_filter
+declare -A topology limit needs about fast alone test_filter
 names=()
 for file in "$scenarios"/*.sh; do
     name=$(basename "$file" .sh)
@@ -45,6 +45,7 @@ for file in "$scenarios"/*.sh; do
     limit[$name]=$(property limit)
     needs[$name]=$(property needs)
     fast[$name]=$(property fast)
+    alone[$name]=$(property alone)
     [ -n "${topology[$name]}" ] && [ -n "${limit[$name]}" ] || die "$file names no topology or no limit"
 done
 
@@ -269,10 +270,16 @@ run_topology() { # TOPOLOGY NAMES...
     say "topology $kind took $((SECONDS - start)) s"
 }
 
+# One boot for all scenarios of a topology, except for those that leave no machine to go on with.
 for kind in veth many pair; do
     group=()
-    for name in "${wanted[@]}"; do [ "${topology[$name]}" != "$kind" ] || group+=("$name"); done
+    for name in "${wanted[@]}"; do
+        if [ "${topology[$name]}" = "$kind" ] && [ -z "${alone[$name]}" ]; then group+=("$name"); fi
+    done
     [ ${#group[@]} -eq 0 ] || run_topology "$kind" "${group[@]}"
+done
+for name in "${wanted[@]}"; do
+    [ -z "${alone[$name]}" ] || run_topology "${topology[$name]}" "$name"
 done
 
 printf '\nRDMA scenarios on %s:\n' "$version"

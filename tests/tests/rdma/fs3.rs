@@ -1,6 +1,6 @@
-//! The whole system over real verbs. These run in the virtual machines of `tests/rdma-vm`, whose
-//! scenarios call them one by one on the network that each needs.
+//! The file system over RDMA: processes of their own on the addresses of one device.
 
+use crate::wire::Wire;
 use firefly_cli::local::Shape;
 use firefly_net::{NetOptions, Transport};
 use firefly_tests::{Cluster, eventually};
@@ -12,42 +12,6 @@ use std::io::{Read, Write};
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::mpsc;
-
-/// Payload of one packet: the network's MTU admits the largest that RDMA knows.
-const PACKET_BYTES: u64 = 4096;
-
-/// What the kernel has counted: not our word for it.
-#[derive(Clone, Copy, Debug)]
-struct Wire {
-    /// Packets that the RDMA device sent.
-    rdma_packets: u64,
-    /// Bytes that TCP moved between the addresses of this machine.
-    tcp_bytes: u64,
-}
-
-impl Wire {
-    fn now() -> Self {
-        let number = |path: &str| {
-            let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{path}: {e}"));
-            text.trim().parse().unwrap()
-        };
-        Self {
-            rdma_packets: number("/sys/class/infiniband/rxe0/ports/1/hw_counters/sent_pkts"),
-            tcp_bytes: number("/sys/class/net/lo/statistics/tx_bytes"),
-        }
-    }
-
-    /// Asserts that since `before` at least `bytes` moved by RDMA, and by TCP only what control
-    /// takes.
-    #[track_caller]
-    fn moved_by_rdma(self, before: Self, what: &str, bytes: u64) {
-        let rdma = (self.rdma_packets - before.rdma_packets) * PACKET_BYTES;
-        let tcp = self.tcp_bytes - before.tcp_bytes;
-        println!("{what}: {bytes} bytes of payload; at most {rdma} by RDMA, {tcp} by TCP");
-        assert!(rdma >= bytes, "{what}: {bytes} bytes of payload, and at most {rdma} went by RDMA");
-        assert!(tcp < bytes / 4, "{what}: {bytes} bytes of payload, and {tcp} bytes went by TCP");
-    }
-}
 
 /// A cluster whose meta and storage servers listen on the RDMA device's addresses: 10.1.0.14, and
 /// 10.1.0.11 to 13 for storage-3 to storage-5. The manager and the scheduler speak gRPC on loopback.
