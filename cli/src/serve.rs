@@ -1,7 +1,7 @@
 //! `ff serve`: runs the roles that a configuration names, on one node of a cluster of any size.
 
 use anyhow::{Context as _, Result, bail};
-use firefly_net::Identity;
+use firefly_net::{Fabric, Identity, NetOptions};
 use firefly_types::{ByteSize, ClusterId, ClusterSecret, NodeId};
 use fs3_meta::MetaSettings;
 use fs3_mgmtd::MgmtdSettings;
@@ -19,6 +19,9 @@ pub struct NodeConfig {
     pub cluster_id: String,
     /// File with the cluster secret, 64 hexadecimal digits, mode 0600.
     pub secret_file: PathBuf,
+    /// How the node reaches its peers. Default: RDMA where both sides have it, else TCP.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub net: NetOptions,
     /// Runs the fs3 manager here.
     pub manager: Option<ManagerSection>,
     /// Runs a metadata server here.
@@ -29,6 +32,11 @@ pub struct NodeConfig {
     pub scheduler: Option<SchedulerSection>,
     /// Runs an agent here.
     pub agent: Option<AgentSection>,
+}
+
+/// Keeps `[net]` out of files that say nothing about it.
+pub(crate) fn is_default(options: &NetOptions) -> bool {
+    *options == NetOptions::default()
 }
 
 /// The fs3 manager.
@@ -111,6 +119,7 @@ impl NodeConfig {
         Self {
             cluster_id: cluster_id.to_owned(),
             secret_file: secret_file.to_owned(),
+            net: NetOptions::default(),
             manager: None,
             meta: None,
             storage: None,
@@ -194,7 +203,7 @@ impl NodeConfig {
 /// Run the roles that a configuration names, on one node
 ///
 /// One file may name several roles: sections [manager], [meta], [storage], [scheduler] and
-/// [agent]. `deploy/examples` holds files to start from, docs/operations.md explains the keys.
+/// [agent]; [net] says how the node reaches its peers. `deploy/examples` holds files to start from, docs/operations.md explains the keys.
 /// Ends cleanly at SIGTERM and SIGINT. FIREFLY_LOG sets what is logged (info by default).
 #[derive(clap::Args, Clone, Debug)]
 pub struct ServeArgs {
@@ -244,6 +253,7 @@ pub async fn run(args: &ServeArgs) -> Result<()> {
 async fn start(config: NodeConfig, stop: &CancellationToken) -> Result<Vec<Ending>> {
     let cluster: ClusterId = config.cluster_id.parse().context("cluster_id is not 32 hexadecimal digits")?;
     let secret = ClusterSecret::load(&config.secret_file)?;
+    Fabric::install(config.net).map_err(anyhow::Error::msg)?;
     let identity = |name: String| Identity { cluster, secret: secret.clone(), name };
     let mut endings: Vec<Ending> = Vec::new();
     if let Some(section) = config.manager {
