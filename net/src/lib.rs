@@ -53,6 +53,6 @@ pub use channel::{
 pub use error::{CallError, HandshakeError, LinkError};
 pub use fabric::{Class, Fabric, NetOptions, Traffic, Transport};
 pub use rpc::{
-    Call, Client, ClientOptions, Identity, MAX_HEAD, MAX_PAYLOAD, NetStats, Reply, Request, Response, Server,
-    ServerOptions, ServerStats, Service,
+    Call, Client, ClientOptions, ConnectionInfo, FabricInfo, Identity, MAX_HEAD, MAX_PAYLOAD, NetInfo,
+    NetStats, PeerInfo, Reply, Request, Response, Server, ServerOptions, ServerStats, Service,
 };
