@@ -364,6 +364,79 @@ impl fmt::Debug for Buf {
     }
 }
 
+/// Granularity of [`Heads`]: a semaphore counts in 32 bits, and heads are mostly far smaller.
+const HEAD_UNIT: usize = 1 << 10;
+/// Heads of one connection in memory at a time, in and out: several of the longest, or thousands
+/// of usual ones.
+const CONNECTION_HEADS: usize = 8 << 20;
+
+/// Bounds the memory of messages' heads, which do not come from a pool: of one connection and of
+/// all connections of its client or server together. Waiting in line for room is what turns a flood
+/// into back pressure.
+#[derive(Clone)]
+pub(crate) struct Heads {
+    all: Arc<Semaphore>,
+    connection: Arc<Semaphore>,
+    /// The most that one head is counted for, or a limit below it would refuse it for ever.
+    most: u32,
+}
+
+/// Room that a head takes while its message is acted on.
+#[derive(Debug, Default)]
+pub(crate) struct HeadRoom {
+    #[expect(dead_code, reason = "held, not read")]
+    permits: Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)>,
+}
+
+impl Heads {
+    /// At most `limit_bytes` for all connections together.
+    pub(crate) fn new(limit_bytes: usize) -> Heads {
+        let units = (limit_bytes / HEAD_UNIT).clamp(1, u32::MAX as usize >> 3);
+        let most = units.min(CONNECTION_HEADS / HEAD_UNIT) as u32;
+        Heads { all: Arc::new(Semaphore::new(units)), connection: Arc::new(Semaphore::new(0)), most }
+            .of_connection()
+    }
+
+    /// The same limit for another connection.
+    pub(crate) fn of_connection(&self) -> Heads {
+        let connection = Arc::new(Semaphore::new(CONNECTION_HEADS / HEAD_UNIT));
+        Heads { all: self.all.clone(), connection, most: self.most }
+    }
+
+    fn units(&self, len: usize) -> u32 {
+        len.div_ceil(HEAD_UNIT).min(self.most as usize) as u32
+    }
+
+    /// Room for a head of `len` bytes if there is some now.
+    pub(crate) fn try_take(&self, len: usize) -> Option<HeadRoom> {
+        if len == 0 {
+            return Some(HeadRoom::default());
+        }
+        let connection = self.connection.clone().try_acquire_many_owned(self.units(len)).ok()?;
+        let all = self.all.clone().try_acquire_many_owned(self.units(len)).ok()?;
+        Some(HeadRoom { permits: Some((connection, all)) })
+    }
+
+    /// Room for a head of `len` bytes, waiting in line for it.
+    pub(crate) async fn take(&self, len: usize) -> HeadRoom {
+        if let Some(room) = self.try_take(len) {
+            return room;
+        }
+        let units = self.units(len);
+        let connection = self.connection.clone().acquire_many_owned(units).await;
+        let all = self.all.clone().acquire_many_owned(units).await;
+        HeadRoom { permits: connection.ok().zip(all.ok()) }
+    }
+}
+
+impl Default for Heads {
+    /// 64 MiB for all connections: sixty-four of the longest, and one part in eight of the default
+    /// payload memory.
+    fn default() -> Self {
+        Heads::new(64 << 20)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

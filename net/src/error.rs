@@ -1,5 +1,6 @@
 //! Why a call, a handshake or a link failed.
 
+pub use crate::verbs::status::WorkError;
 use firefly_types::{ErrorKind, WireError};
 use std::io;
 use std::time::Duration;
@@ -118,6 +119,15 @@ pub enum HandshakeError {
     /// The server takes no more connections now.
     #[error("the server is at its limit of connections; try again later")]
     Full,
+    /// Both sides have RDMA, but could not reach each other by this device. The connection that
+    /// was dialled for it is gone; another rail, or TCP, needs another one.
+    #[error("RDMA device {device} does not reach the other side: {reason}")]
+    Rail {
+        /// This side's device.
+        device: String,
+        /// What failed.
+        reason: String,
+    },
     /// Took too long.
     #[error("the handshake did not finish in time")]
     TimedOut,
@@ -131,7 +141,7 @@ impl HandshakeError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             HandshakeError::TimedOut => ErrorKind::Timeout,
-            HandshakeError::Full => ErrorKind::Unavailable,
+            HandshakeError::Full | HandshakeError::Rail { .. } => ErrorKind::Unavailable,
             HandshakeError::Ended(_) => ErrorKind::Disconnected,
             HandshakeError::Version { .. } => ErrorKind::Unsupported,
             _ => ErrorKind::Unauthenticated,
@@ -152,6 +162,12 @@ pub enum LinkError {
     /// The peer neither takes nor gives the bytes of a message that has begun.
     #[error("the peer moved no byte of a message for {0:?}")]
     Stalled(Duration),
+    /// The peer moves the bytes of a message, but hardly: its memory would be held for ever.
+    #[error("the peer moved a message slower than {0} bytes a second")]
+    Dribbled(u64),
+    /// The peer's host acknowledges nothing any more: power, cable or network.
+    #[error("the peer's host has acknowledged nothing for {0:?}")]
+    Vanished(Duration),
     /// The peer sent something that the protocol does not allow.
     #[error("the peer broke the protocol: {0}")]
     Protocol(String),
@@ -165,13 +181,28 @@ pub enum LinkError {
         /// What it said.
         reason: String,
     },
+    /// Work that a device had taken was not done.
+    #[error("{device}: {what} failed: {error}")]
+    Work {
+        /// Which device.
+        device: String,
+        /// What was to be done.
+        what: &'static str,
+        /// What became of it.
+        error: WorkError,
+    },
 }
 
 impl LinkError {
     /// The small public kind.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            LinkError::Closed | LinkError::Io(_) | LinkError::Stalled(_) => ErrorKind::Disconnected,
+            LinkError::Closed
+            | LinkError::Io(_)
+            | LinkError::Stalled(_)
+            | LinkError::Dribbled(_)
+            | LinkError::Vanished(_)
+            | LinkError::Work { .. } => ErrorKind::Disconnected,
             LinkError::Protocol(_) => ErrorKind::InvalidArgument,
             LinkError::Device { .. } => ErrorKind::Unavailable,
         }

@@ -50,8 +50,10 @@ pub use buf::{BUF_ALIGN, Buf, BufMut, BufPool};
 pub use channel::{
     Channel, ChannelError, ChannelListener, Completion, HEADER_BYTES, Incoming, connect_channel,
 };
-pub use error::{CallError, HandshakeError, LinkError};
-pub use fabric::{Class, Fabric, NetOptions, Traffic, Transport};
+pub use error::{CallError, HandshakeError, LinkError, WorkError};
+pub use fabric::{
+    Class, Fabric, FabricError, FabricReport, NetOptions, RailReport, RailWork, Traffic, Transport,
+};
 pub use rpc::{
     Call, Client, ClientOptions, Identity, MAX_HEAD, MAX_PAYLOAD, NetStats, Reply, Request, Response, Server,
     ServerOptions, ServerStats, Service,

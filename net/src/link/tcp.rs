@@ -1,46 +1,101 @@
 //! The TCP carrier: messages and payloads follow each other on one stream.
 
-use super::{Counters, Incoming, LinkRx, LinkTx, Outgoing, Register, Window};
-use crate::buf::BufMut;
+use super::{Counters, Incoming, LinkOptions, LinkRx, LinkTx, Outgoing, Register, Window};
+use crate::buf::{BufMut, HeadRoom, Heads};
 use crate::error::LinkError;
 use crate::rpc::frame::{HEADER_BYTES, Header};
 use bytes::{BufMut as _, Bytes, BytesMut};
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::time::{Instant, Interval, MissedTickBehavior};
 
-/// Header and a usual head arrive in one read; at most these few hundred bytes of a payload that
-/// follows are copied once, the rest is received in place.
-const PREFETCH: usize = 512;
+/// Bytes read ahead: several small messages, or one with a page of payload, arrive in one read. At
+/// most so much of each payload is copied once, the rest is received in place.
+pub(crate) const PREFETCH: usize = 8 << 10;
 
-/// Pieces handed to the kernel at once.
-const MAX_PIECES: usize = 64;
+/// Messages handed to the kernel at once, three pieces each.
+const MAX_BATCH: usize = 21;
+
+/// A message may take its link's stall time and a second for each of so many bytes: a peer that
+/// dribbles, one byte at a time, does not hold the memory of a message for ever.
+const SLOWEST: u64 = 1 << 20;
+
+/// How often a link asks its socket whether the peer's host is still there, and the kernel asks
+/// the host on an idle one.
+const PULSE: Duration = Duration::from_secs(1);
+/// Silence after which a host that owes an acknowledgement is given up. Four unanswered probes, or
+/// about as many retransmissions: a network that loses so many in a row carries no data either.
+pub(crate) const VANISHED: Duration = Duration::from_secs(4);
 
 /// Options that every connection gets.
-pub(crate) fn configure(stream: &TcpStream, stall: Duration) -> io::Result<()> {
+pub(crate) fn configure(stream: &TcpStream, options: &LinkOptions) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = socket2::SockRef::from(stream);
-    // A silent peer (power, cable) is noticed without traffic in about 10 + 3 * 3 s, and with
-    // unacknowledged bytes after `stall`.
-    let keepalive = socket2::TcpKeepalive::new()
-        .with_time(Duration::from_secs(10))
-        .with_interval(Duration::from_secs(3))
-        .with_retries(3);
+    let class = u32::from(options.class.traffic_class);
+    match stream.local_addr()? {
+        _ if class == 0 => {}
+        SocketAddr::V4(_) => socket.set_tos_v4(class)?,
+        SocketAddr::V6(_) => socket.set_tclass_v6(class)?,
+    }
+    // The kernel probes an idle connection; `Pulse` judges by the answers. The kernel's own verdict
+    // (TCP_USER_TIMEOUT, which overrides the number of probes) comes later, because it also falls
+    // on a peer that is well and only slow to read.
+    let keepalive = socket2::TcpKeepalive::new().with_time(PULSE).with_interval(PULSE);
     socket.set_tcp_keepalive(&keepalive)?;
-    socket.set_tcp_user_timeout(Some(stall))
+    socket.set_tcp_user_timeout(Some(options.stall))
+}
+
+/// Notices within about [`VANISHED`] and [`PULSE`] that the host at the other end of a stream is
+/// gone: power, cable, network. The end of its process alone closes the stream and needs no pulse.
+pub(crate) struct Pulse(Interval);
+
+impl Pulse {
+    pub(crate) fn new() -> Pulse {
+        let mut tick = tokio::time::interval_at(Instant::now() + PULSE, PULSE);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Pulse(tick)
+    }
+
+    /// Returns when it is time for a [`Pulse::check`]. Cancellation safe.
+    pub(crate) async fn due(&mut self) {
+        self.0.tick().await;
+    }
+
+    /// An error if the peer's host owes acknowledgements and has been silent for too long.
+    pub(crate) fn check(&self, stream: &TcpStream) -> Result<(), LinkError> {
+        // SAFETY: the structure is plain integers, for which all zeros is a value.
+        let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+        let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
+        // SAFETY: the kernel writes at most `len` bytes to the structure.
+        let rc = unsafe {
+            let at = (&raw mut info).cast();
+            libc::getsockopt(stream.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, at, &raw mut len)
+        };
+        if rc != 0 {
+            return Err(io::Error::last_os_error().into());
+        }
+        let silent = Duration::from_millis(info.tcpi_last_ack_recv.into());
+        // More than one unanswered: the first may be on its way. An answer resets these counts, so
+        // a reader that is slow, whose host acknowledges with a closed window, is not gone.
+        let owes = info.tcpi_probes > 1 || info.tcpi_retransmits > 1;
+        if owes && silent >= VANISHED { Err(LinkError::Vanished(silent)) } else { Ok(()) }
+    }
 }
 
 /// Makes both halves of a connected, authenticated stream.
-///
-/// `stall`: a peer that moves no byte of a message that has begun for so long is given up.
-pub(crate) fn split(stream: TcpStream, counters: Arc<Counters>, stall: Duration) -> (TcpTx, TcpRx) {
+pub(crate) fn split(stream: TcpStream, options: LinkOptions) -> (TcpTx, TcpRx) {
+    let LinkOptions { counters, stall, heads, .. } = options;
     let (read, write) = stream.into_split();
-    let tx = TcpTx { stream: write, counters: counters.clone(), stall };
-    let rx = TcpRx { stream: read, ahead: Box::new([0; PREFETCH]), from: 0, to: 0, counters, stall };
+    let tx = TcpTx { stream: write, begun: 0, counters: counters.clone(), stall };
+    let ahead = Box::new([0; PREFETCH]);
+    let rx = TcpRx { stream: read, ahead, from: 0, to: 0, counters, stall, heads, pulse: Pulse::new() };
     (tx, rx)
 }
 
@@ -53,11 +108,74 @@ impl Register for Unaddressed {
     }
 }
 
+/// How long a transfer may still take.
+struct Patience {
+    stall: Duration,
+    end: Instant,
+}
+
+impl Patience {
+    fn new(stall: Duration, bytes: usize) -> Patience {
+        let moving = Duration::from_micros(bytes as u64 * 1_000_000 / SLOWEST);
+        Patience { stall, end: Instant::now() + stall + moving }
+    }
+
+    /// The error if no byte moves before the instant returned.
+    fn next(&self) -> (Instant, LinkError) {
+        let stall = Instant::now() + self.stall;
+        if stall <= self.end {
+            (stall, LinkError::Stalled(self.stall))
+        } else {
+            (self.end, LinkError::Dribbled(SLOWEST))
+        }
+    }
+}
+
 /// Sends on a TCP stream.
 pub(crate) struct TcpTx {
     stream: OwnedWriteHalf,
+    /// Bytes of the first message that are already written.
+    begun: usize,
     counters: Arc<Counters>,
     stall: Duration,
+}
+
+impl TcpTx {
+    /// What one write takes of `batch`.
+    fn pieces<'a>(
+        &self,
+        batch: &'a VecDeque<Outgoing>,
+        headers: &'a mut [[u8; HEADER_BYTES]; MAX_BATCH],
+        pieces: &mut [IoSlice<'a>; 3 * MAX_BATCH],
+    ) -> usize {
+        for (message, header) in batch.iter().zip(headers.iter_mut()) {
+            *header = message.header.encode();
+        }
+        let (mut count, mut before) = (0, self.begun);
+        for (message, header) in batch.iter().zip(headers.iter()) {
+            let payload: &[u8] = message.payload.as_deref().unwrap_or_default();
+            for piece in [&header[..], &message.head, payload] {
+                if before >= piece.len() {
+                    before -= piece.len();
+                    continue;
+                }
+                pieces[count] = IoSlice::new(&piece[before..]);
+                count += 1;
+                before = 0;
+            }
+        }
+        count
+    }
+
+    /// Accounts for bytes written.
+    fn wrote(&mut self, batch: &mut VecDeque<Outgoing>, bytes: usize) {
+        self.counters.add_sent(bytes);
+        self.begun += bytes;
+        while let Some(first) = batch.front().map(Outgoing::bytes).filter(|total| *total <= self.begun) {
+            self.begun -= first;
+            batch.pop_front();
+        }
+    }
 }
 
 impl LinkTx for TcpTx {
@@ -67,42 +185,36 @@ impl LinkTx for TcpTx {
         Arc::new(Unaddressed)
     }
 
+    fn try_send(&mut self, batch: &mut VecDeque<Outgoing>) -> Result<(), LinkError> {
+        while !batch.is_empty() {
+            let (mut headers, mut pieces) =
+                ([[0; HEADER_BYTES]; MAX_BATCH], [IoSlice::new(&[]); 3 * MAX_BATCH]);
+            let count = self.pieces(batch, &mut headers, &mut pieces);
+            match self.stream.try_write_vectored(&pieces[..count]) {
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
+                Ok(bytes) => self.wrote(batch, bytes),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
     async fn send(&mut self, batch: &mut VecDeque<Outgoing>) -> Result<(), LinkError> {
-        // Bytes of the first message that are already written.
-        let mut skip = 0;
-        let mut headers: VecDeque<[u8; HEADER_BYTES]> = batch.iter().map(|m| m.header.encode()).collect();
-        while let Some(first) = batch.front() {
-            let total = HEADER_BYTES + first.head.len() + first.payload.as_ref().map_or(0, |p| p.len());
-            if skip >= total {
-                skip -= total;
-                batch.pop_front();
-                headers.pop_front();
-                continue;
-            }
-            let mut pieces = Vec::with_capacity(MAX_PIECES.min(3 * batch.len()));
-            let mut before = skip;
-            'fill: for (message, header) in batch.iter().zip(&headers) {
-                let payload: &[u8] = message.payload.as_deref().unwrap_or_default();
-                for piece in [&header[..], &message.head, payload] {
-                    if before >= piece.len() {
-                        before -= piece.len();
-                        continue;
-                    }
-                    pieces.push(IoSlice::new(&piece[before..]));
-                    before = 0;
-                    if pieces.len() == MAX_PIECES {
-                        break 'fill;
-                    }
-                }
-            }
-            let written = tokio::time::timeout(self.stall, self.stream.write_vectored(&pieces))
-                .await
-                .map_err(|_| LinkError::Stalled(self.stall))??;
-            if written == 0 {
+        let patience = Patience::new(self.stall, batch.iter().map(Outgoing::bytes).sum());
+        while !batch.is_empty() {
+            let (deadline, error) = patience.next();
+            let bytes = {
+                let (mut headers, mut pieces) =
+                    ([[0; HEADER_BYTES]; MAX_BATCH], [IoSlice::new(&[]); 3 * MAX_BATCH]);
+                let count = self.pieces(batch, &mut headers, &mut pieces);
+                let writing = self.stream.write_vectored(&pieces[..count]);
+                tokio::time::timeout_at(deadline, writing).await.map_err(|_| error)??
+            };
+            if bytes == 0 {
                 return Err(io::Error::from(io::ErrorKind::WriteZero).into());
             }
-            self.counters.add_sent(written);
-            skip += written;
+            self.wrote(batch, bytes);
         }
         Ok(())
     }
@@ -116,6 +228,8 @@ pub(crate) struct TcpRx {
     to: usize,
     counters: Arc<Counters>,
     stall: Duration,
+    heads: Heads,
+    pulse: Pulse,
 }
 
 impl TcpRx {
@@ -127,7 +241,14 @@ impl TcpRx {
                 self.to -= self.from;
                 self.from = 0;
             }
-            let got = self.stream.read(&mut self.ahead[self.to..]).await?;
+            let got = tokio::select! {
+                biased;
+                got = self.stream.read(&mut self.ahead[self.to..]) => got?,
+                () = self.pulse.due() => {
+                    self.pulse.check(self.stream.as_ref())?;
+                    continue;
+                }
+            };
             if got == 0 {
                 return Err(if self.to == self.from {
                     LinkError::Closed
@@ -149,45 +270,76 @@ impl TcpRx {
         n
     }
 
-    async fn fill(&mut self, out: &mut [u8]) -> Result<(), LinkError> {
-        let mut at = self.drain(out);
+    /// Fills `out`, from what was read ahead and then in place. Returns the bytes copied.
+    async fn fill(&mut self, out: &mut [u8]) -> Result<usize, LinkError> {
+        let copied = self.drain(out);
+        let mut at = copied;
+        if at == out.len() {
+            return Ok(copied);
+        }
+        // Within a message, silence is a fault: memory is already held for the rest.
+        let patience = Patience::new(self.stall, out.len());
+        let (mut deadline, mut error) = patience.next();
         while at < out.len() {
-            // Within a message, silence is a fault: memory is already held for the rest.
-            let got = tokio::time::timeout(self.stall, self.stream.read(&mut out[at..]))
-                .await
-                .map_err(|_| LinkError::Stalled(self.stall))??;
+            let got = tokio::select! {
+                biased;
+                got = self.stream.read(&mut out[at..]) => got?,
+                () = self.pulse.due() => {
+                    self.pulse.check(self.stream.as_ref())?;
+                    continue;
+                }
+                () = tokio::time::sleep_until(deadline) => return Err(error),
+            };
             if got == 0 {
                 return Err(LinkError::Protocol("the stream ended within a message".into()));
             }
             self.counters.add_received(got);
             at += got;
+            (deadline, error) = patience.next();
         }
-        Ok(())
+        Ok(copied)
     }
 }
 
 impl LinkRx for TcpRx {
+    fn is_ahead(&self) -> bool {
+        self.to - self.from >= HEADER_BYTES
+    }
+
     async fn recv(&mut self) -> Result<Incoming, LinkError> {
         self.at_least(HEADER_BYTES).await?;
         let mut header = [0; HEADER_BYTES];
         self.drain(&mut header);
         let header = Header::decode(&header)?;
-        let mut head = BytesMut::new();
-        if header.head_len > 0 {
-            // The limit was checked by the decoder.
-            head.put_bytes(0, header.head_len as usize);
-            self.fill(&mut head).await?;
+        // The limit was checked by the decoder.
+        let len = header.head_len as usize;
+        let mut room = HeadRoom::default();
+        let mut head = Bytes::new();
+        if len > 0 {
+            room = self.heads.take(len).await;
+            if len <= self.to - self.from {
+                head = Bytes::copy_from_slice(&self.ahead[self.from..self.from + len]);
+                self.from += len;
+            } else {
+                let mut long = BytesMut::with_capacity(len);
+                long.put_bytes(0, len);
+                self.fill(&mut long).await?;
+                head = long.freeze();
+            }
         }
-        Ok(Incoming { header, head: Bytes::from(head), source: None, window: None })
+        Ok(Incoming { header, head, source: None, window: None, room })
     }
 
     async fn pull(&mut self, _from: &Incoming, mut into: BufMut) -> Result<BufMut, LinkError> {
-        self.fill(&mut into).await?;
+        let copied = self.fill(&mut into).await?;
+        self.counters.add_copied(copied);
         Ok(into)
     }
 
     async fn land(&mut self, _reply: &Incoming, into: &mut BufMut) -> Result<(), LinkError> {
-        self.fill(into).await
+        let copied = self.fill(into).await?;
+        self.counters.add_copied(copied);
+        Ok(())
     }
 
     async fn skip(&mut self, from: &Incoming) -> Result<(), LinkError> {

@@ -3,13 +3,11 @@ use crate::link::contract::link_contract;
 use crate::rpc::tests::rpc_contract;
 use tokio::net::TcpListener;
 
-const LONG: Duration = Duration::from_secs(60);
-
 async fn pair() -> ((TcpTx, TcpRx), (TcpTx, TcpRx)) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (server, _) = listener.accept().await.unwrap();
-    (split(client, Arc::default(), LONG), split(server, Arc::default(), LONG))
+    (split(client, LinkOptions::of_tests()), split(server, LinkOptions::of_tests()))
 }
 
 #[tokio::test]

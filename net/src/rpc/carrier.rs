@@ -5,10 +5,9 @@
 use super::{HandshakeError, ended};
 use crate::error::LinkError;
 use crate::fabric::Fabric;
-use crate::link::{Counters, tcp, verbs};
-use crate::verbs::Device;
+use crate::link::{LinkOptions, tcp, verbs};
+use crate::verbs::Rail;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -17,6 +16,15 @@ const OFFER_RDMA: u8 = 1;
 /// Answers of the server.
 const USE_TCP: u8 = 0;
 const USE_RDMA: u8 = 1;
+
+/// What a lane to a peer shall use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Want {
+    /// TCP, whatever else there is.
+    Tcp,
+    /// This side's RDMA device of that number; TCP if the other side has none.
+    Rail(usize),
+}
 
 /// A connection on its carrier.
 pub(super) enum Link {
@@ -27,38 +35,45 @@ pub(super) enum Link {
 /// What this side has beside TCP.
 #[derive(Default)]
 pub(super) struct Carriers {
-    device: Option<Arc<Device>>,
+    rail: Option<Arc<Rail>>,
 }
 
 impl Carriers {
     /// The first rail of `fabric`.
     pub(super) fn of(fabric: &Fabric) -> Carriers {
-        Carriers { device: fabric.rails().first().map(|rail| rail.device.clone()) }
+        Carriers { rail: fabric.rails().first().cloned() }
     }
 
-    fn offers(&self) -> u8 {
-        if self.device.is_some() { OFFER_RDMA } else { 0 }
+    /// Devices that a lane may want.
+    pub(super) fn rails(&self) -> usize {
+        usize::from(self.rail.is_some())
     }
 
-    /// The client's hello.
-    pub(super) fn hello(&self) -> [u8; 32] {
+    fn rail(&self, want: Want) -> Option<&Arc<Rail>> {
+        match want {
+            Want::Rail(0) => self.rail.as_ref(),
+            Want::Rail(_) | Want::Tcp => None,
+        }
+    }
+
+    /// The client's hello for a lane.
+    pub(super) fn hello(&self, want: Want) -> [u8; 32] {
         let mut hello = [0; 32];
-        hello[0] = self.offers();
+        hello[0] = if self.rail(want).is_some() { OFFER_RDMA } else { 0 };
         hello
     }
 
-    /// The client's side, after the handshake.
+    /// The client's side, after the handshake. A server without RDMA turns a rail into TCP; a
+    /// device that does not reach the server is a [`HandshakeError::Rail`].
     pub(super) async fn dial(
         &self,
+        want: Want,
         mut stream: TcpStream,
-        counters: Arc<Counters>,
-        stall: Duration,
+        options: LinkOptions,
     ) -> Result<Link, HandshakeError> {
-        if self.offers() == 0 {
-            return Ok(Link::Tcp(tcp::split(stream, counters, stall)));
-        }
+        let Some(rail) = self.rail(want) else { return Ok(Link::Tcp(tcp::split(stream, options))) };
         let answer = stream.read_u8().await.map_err(ended)?;
-        self.make(answer, stream, counters, stall).await.map_err(|e| HandshakeError::Ended(e.to_string()))
+        self.make(answer, stream, Some(rail), options).await
     }
 
     /// The server's side, after the handshake.
@@ -66,33 +81,35 @@ impl Carriers {
         &self,
         hello: &[u8; 32],
         mut stream: TcpStream,
-        counters: Arc<Counters>,
-        stall: Duration,
+        options: LinkOptions,
     ) -> Result<Link, HandshakeError> {
         if hello[0] == 0 {
-            return Ok(Link::Tcp(tcp::split(stream, counters, stall)));
+            return Ok(Link::Tcp(tcp::split(stream, options)));
         }
         // Offers of newer clients that this side does not know are not taken.
-        let choice = hello[0] & self.offers();
+        let have = if self.rail.is_some() { OFFER_RDMA } else { 0 };
+        let choice = hello[0] & have;
         stream.write_u8(choice).await.map_err(ended)?;
-        self.make(choice, stream, counters, stall).await.map_err(|e| HandshakeError::Ended(e.to_string()))
+        self.make(choice, stream, self.rail.as_ref(), options).await
     }
 
     async fn make(
         &self,
         choice: u8,
         stream: TcpStream,
-        counters: Arc<Counters>,
-        stall: Duration,
-    ) -> Result<Link, LinkError> {
-        match choice {
-            USE_TCP => Ok(Link::Tcp(tcp::split(stream, counters, stall))),
-            USE_RDMA => {
-                let device = self.device.clone();
-                let device = device.ok_or_else(|| LinkError::Protocol("RDMA without a device".into()))?;
-                Ok(Link::Verbs(verbs::connect(stream, device, counters, stall).await?))
-            }
-            other => Err(LinkError::Protocol(format!("carrier {other} was chosen, which was not offered"))),
+        rail: Option<&Arc<Rail>>,
+        options: LinkOptions,
+    ) -> Result<Link, HandshakeError> {
+        match (choice, rail) {
+            (USE_TCP, _) => Ok(Link::Tcp(tcp::split(stream, options))),
+            (USE_RDMA, Some(rail)) => match verbs::connect(stream, rail, options).await {
+                Ok(link) => Ok(Link::Verbs(link)),
+                Err(LinkError::Closed) => Err(HandshakeError::Ended("the other side closed".into())),
+                Err(e) => {
+                    Err(HandshakeError::Rail { device: rail.device.name().to_owned(), reason: e.to_string() })
+                }
+            },
+            _ => Err(HandshakeError::Malformed("a carrier was chosen that was not offered")),
         }
     }
 }

@@ -1,14 +1,14 @@
 //! The calling side: one connection per server, made when needed and again when lost.
 
-use super::carrier::{Carriers, Link};
+use super::carrier::{Carriers, Link, Want};
 use super::connection::{Connection, NotSent};
 use super::frame::{MAX_HEAD, MAX_PAYLOAD};
 use super::{Call, HANDSHAKE_TIME, Identity, NetStats, Response, STALL_TIME, drive_handshake};
-use crate::buf::BufPool;
+use crate::buf::{BufPool, Heads};
 use crate::error::{CallError, HandshakeError};
-use crate::fabric::Fabric;
+use crate::fabric::{Class, Fabric};
 use crate::handshake::{self, Initiator, Purpose, Terms};
-use crate::link::{Counters, tcp};
+use crate::link::{Counters, LinkOptions, tcp};
 use firefly_types::lock;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -214,16 +214,24 @@ impl Client {
             .await
             .map_err(|_| unreachable(std::io::ErrorKind::TimedOut.into()))?
             .map_err(unreachable)?;
-        tcp::configure(&stream, inner.options.stall_time).map_err(unreachable)?;
 
+        let want = if inner.carriers.rails() > 0 { Want::Rail(0) } else { Want::Tcp };
+        let link = LinkOptions {
+            counters: inner.counters.clone(),
+            stall: inner.options.stall_time,
+            heads: Heads::default(),
+            class: Class::default(),
+        };
+        tcp::configure(&stream, &link).map_err(unreachable)?;
         let Identity { cluster, secret, name } = &inner.identity;
         let terms = Terms::new(*cluster, secret, Purpose::Rpc);
-        let (mut machine, hello) = Initiator::start(terms, name, inner.carriers.hello(), handshake::nonce());
+        let (mut machine, hello) =
+            Initiator::start(terms, name, inner.carriers.hello(want), handshake::nonce());
         let shake = async {
             use tokio::io::AsyncWriteExt;
             stream.write_all(&hello).await.map_err(|e| HandshakeError::Ended(e.to_string()))?;
             drive_handshake(&mut stream, &mut machine, Initiator::wants, Initiator::feed).await?;
-            inner.carriers.dial(stream, inner.counters.clone(), inner.options.stall_time).await
+            inner.carriers.dial(want, stream, link).await
         };
         let dialled = tokio::time::timeout(inner.options.handshake_time, shake)
             .await

@@ -5,11 +5,11 @@ use super::carrier::{Carriers, Link};
 use super::connection::MAX_IN_FLIGHT;
 use super::frame::{FrameKind, Header, MAX_HEAD};
 use super::{HANDSHAKE_TIME, Identity, NetStats, Reply, Request, STALL_TIME, Service, drive_handshake};
-use crate::buf::BufPool;
+use crate::buf::{BufPool, Heads};
 use crate::error::{HandshakeError, LinkError};
-use crate::fabric::Fabric;
+use crate::fabric::{Class, Fabric};
 use crate::handshake::{self, Purpose, Responder, Terms};
-use crate::link::{Counters, LinkRx, LinkTx, Outgoing, tcp};
+use crate::link::{Counters, LinkOptions, LinkRx, LinkTx, Outgoing, tcp};
 use bytes::Bytes;
 use firefly_types::{ErrorKind, WireError};
 use futures::FutureExt;
@@ -203,7 +203,13 @@ async fn serve(
         tracing::warn!(peer = %addr, reason = %error, "refused a connection");
     };
     let member = members.try_acquire_owned();
-    if let Err(e) = tcp::configure(&stream, stall_time) {
+    let link = LinkOptions {
+        counters: shared.totals.bytes.clone(),
+        stall: stall_time,
+        heads: Heads::default(),
+        class: Class::default(),
+    };
+    if let Err(e) = tcp::configure(&stream, &link) {
         return refuse(HandshakeError::Ended(e.to_string()));
     }
     let mut machine = match &member {
@@ -212,8 +218,7 @@ async fn serve(
     };
     let shake = async {
         let agreed = drive_handshake(&mut stream, &mut machine, Responder::wants, Responder::feed).await?;
-        let bytes = shared.totals.bytes.clone();
-        let link = shared.carriers.answer(&agreed.hello, stream, bytes, stall_time).await?;
+        let link = shared.carriers.answer(&agreed.hello, stream, link).await?;
         Ok((agreed.name, link))
     };
     let shaken = tokio::select! {

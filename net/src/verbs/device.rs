@@ -1,38 +1,70 @@
-//! Owners of verbs objects: a device with its protection domain, registrations, and a queue pair
-//! with its completion queue and channel. Each destroys what it made, in the order that the
-//! library asks for.
+//! An open device with its protection domain, and memory registered with it.
 
-use super::ffi::{self, Api, mask};
+use super::ffi::{self, Api};
+use super::port::{self, Gid, LinkLayer, Port};
 use crate::buf::{Buf, BufMut};
 use crate::error::LinkError;
+use firefly_types::lock;
 use std::any::Any;
-use std::ffi::{CStr, c_int, c_uint, c_void};
+use std::collections::HashMap;
+use std::ffi::{CStr, c_int};
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::mem::MaybeUninit;
+use std::os::fd::RawFd;
 use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
-/// Work requests in flight on the send side, and receives posted.
-pub(crate) const DEPTH: usize = 64;
-/// READs in flight at one time; every verbs device takes as many.
-const READS: u8 = 4;
-const PORT: u8 = 1;
+/// Names device instances, as registrations are kept with pool blocks by this number.
+static NEXT_INSTANCE: AtomicU64 = AtomicU64::new(1);
 
-/// Names fabric instances, as registrations are kept with pool blocks by this number.
-static NEXT_FABRIC: AtomicU64 = AtomicU64::new(1);
+/// What a device allows, of what is used here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// Work requests of one queue.
+    pub(crate) queue: u32,
+    /// Completions of one completion queue.
+    pub(crate) completions: u32,
+    /// Pieces of local memory in one request.
+    pub(crate) pieces: u32,
+    /// READs that a queue pair may have in flight.
+    pub(crate) reads: u8,
+    /// Memory windows of type 2, or 0.
+    pub(crate) windows: u32,
+    /// Ports, numbered from 1.
+    pub(crate) ports: u8,
+}
+
+/// What was done with one device since it was opened.
+#[derive(Debug, Default)]
+pub(crate) struct DeviceCounters {
+    pub(crate) registrations: AtomicU64,
+    pub(crate) queue_pairs: AtomicU64,
+    pub(crate) sends: AtomicU64,
+    pub(crate) writes: AtomicU64,
+    pub(crate) reads: AtomicU64,
+    /// Bytes of all of these, as posted.
+    pub(crate) bytes: AtomicU64,
+    pub(crate) receives: AtomicU64,
+    pub(crate) completions: AtomicU64,
+    pub(crate) events: AtomicU64,
+    pub(crate) inline: AtomicU64,
+}
+
+/// Called with the reason when a queue pair has failed outside of any work of its own.
+pub(super) type QueueAlarm = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// An open device.
 pub(crate) struct Device {
-    api: &'static Api,
+    pub(super) api: &'static Api,
     name: String,
-    context: NonNull<ffi::ibv_context>,
-    pd: NonNull<ffi::ibv_pd>,
-    gid: ffi::ibv_gid,
-    gid_index: u8,
-    mtu: c_uint,
-    fabric: u64,
-    registrations: AtomicUsize,
+    pub(super) context: NonNull<ffi::ibv_context>,
+    pub(super) pd: NonNull<ffi::ibv_pd>,
+    instance: u64,
+    limits: Limits,
+    pub(crate) counters: DeviceCounters,
+    /// Live queue pairs that want to hear of their failure, by number.
+    pub(super) alarms: Mutex<HashMap<u32, QueueAlarm>>,
 }
 
 // SAFETY: verbs objects may be used from any thread; the library locks where it must.
@@ -41,99 +73,132 @@ unsafe impl Send for Device {}
 unsafe impl Sync for Device {}
 
 /// Builds the error of a failed call from `errno`.
-fn failed(device: &str, what: &'static str) -> LinkError {
+pub(super) fn failed(device: &str, what: &'static str) -> LinkError {
     refused(device, what, &io::Error::last_os_error().to_string())
 }
 
-fn refused(device: &str, what: &'static str, reason: &str) -> LinkError {
+pub(super) fn refused(device: &str, what: &'static str, reason: &str) -> LinkError {
     LinkError::Device { device: device.to_owned(), what, reason: reason.to_owned() }
 }
 
 /// Verbs calls that return an error number.
-fn check(code: c_int, device: &str, what: &'static str) -> Result<(), LinkError> {
+pub(super) fn check(code: c_int, device: &str, what: &'static str) -> Result<(), LinkError> {
     match code {
         0 => Ok(()),
         code => Err(refused(device, what, &io::Error::from_raw_os_error(code.abs()).to_string())),
     }
 }
 
-impl Device {
-    /// Opens `name` (such as "mlx5_0"). Fails where there is no library, no such device, or no
-    /// usable port: the caller then falls back to TCP.
-    pub(crate) fn open(name: &str) -> Result<Arc<Device>, LinkError> {
-        let api = ffi::api().map_err(|reason| refused("libibverbs", "loading it", reason))?;
+/// The devices that the library lists, until dropped.
+struct List {
+    api: &'static Api,
+    first: NonNull<*mut ffi::ibv_device>,
+    count: usize,
+}
+
+impl List {
+    /// The error is a reason in words.
+    fn get() -> Result<List, String> {
+        let api = ffi::api().map_err(str::to_owned)?;
         let mut count = 0;
-        // SAFETY: an out parameter; the list is freed below.
+        // SAFETY: an out parameter; the list is freed in drop.
         let list = unsafe { (api.ibv_get_device_list)(&mut count) };
-        if list.is_null() {
-            return Err(failed(name, "listing the devices"));
-        }
-        let mut context = None;
-        for i in 0..usize::try_from(count).unwrap_or(0) {
-            // SAFETY: the list has `count` valid entries until it is freed.
-            let device = unsafe { *list.add(i) };
-            // SAFETY: a device of the list; its name is a C string that lives with it.
-            let found = unsafe { CStr::from_ptr((api.ibv_get_device_name)(device)) };
-            if found.to_bytes() == name.as_bytes() {
-                // SAFETY: a device of the list.
-                context = Some(unsafe { (api.ibv_open_device)(device) });
+        // A kernel without RDMA is told by errno: ENOSYS.
+        let first = NonNull::new(list).ok_or_else(|| {
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::ENOSYS) => "no RDMA device: the kernel has no RDMA support loaded".to_owned(),
+                _ => format!("libibverbs cannot list the RDMA devices: {error}"),
             }
-        }
+        })?;
+        Ok(List { api, first, count: usize::try_from(count).unwrap_or(0) })
+    }
+
+    fn names(&self) -> impl Iterator<Item = (String, *mut ffi::ibv_device)> {
+        (0..self.count).map(|i| {
+            // SAFETY: the list has `count` valid entries until it is freed.
+            let device = unsafe { *self.first.as_ptr().add(i) };
+            // SAFETY: a device of the list; its name is a C string that lives with it.
+            let name = unsafe { CStr::from_ptr((self.api.ibv_get_device_name)(device)) };
+            (name.to_string_lossy().into_owned(), device)
+        })
+    }
+}
+
+impl Drop for List {
+    fn drop(&mut self) {
         // SAFETY: made by ibv_get_device_list; an open device stays good without it.
-        unsafe { (api.ibv_free_device_list)(list) };
-        let context = context.ok_or_else(|| refused(name, "finding it", "no RDMA device has this name"))?;
-        let context = NonNull::new(context).ok_or_else(|| failed(name, "opening it"))?;
-        // SAFETY: an open device.
-        let Some(pd) = NonNull::new(unsafe { (api.ibv_alloc_pd)(context.as_ptr()) }) else {
-            let error = failed(name, "making a protection domain");
+        unsafe { (self.api.ibv_free_device_list)(self.first.as_ptr()) };
+    }
+}
+
+impl Device {
+    /// Names of this machine's devices, such as "mlx5_0".
+    ///
+    /// # Errors
+    /// Why there can be none, in words: no library, or a kernel without RDMA.
+    pub(crate) fn names() -> Result<Vec<String>, String> {
+        let mut names: Vec<String> = List::get()?.names().map(|(name, _)| name).collect();
+        names.sort();
+        Ok(names)
+    }
+
+    /// Opens `name`.
+    ///
+    /// # Errors
+    /// There is no library, no such device, or the device says no.
+    pub(crate) fn open(name: &str) -> Result<Arc<Device>, LinkError> {
+        let list = List::get().map_err(|reason| refused(name, "finding it", &reason))?;
+        let api = list.api;
+        let found = list.names().find(|(n, _)| n == name);
+        let (_, device) = found.ok_or_else(|| refused(name, "finding it", "no RDMA device has this name"))?;
+        // SAFETY: a device of the list, which is alive.
+        let context = NonNull::new(unsafe { (api.ibv_open_device)(device) });
+        let context = context.ok_or_else(|| failed(name, "opening it"))?;
+        drop(list);
+        let close = |error| {
             // SAFETY: opened above, nothing else uses it.
             unsafe { (api.ibv_close_device)(context.as_ptr()) };
-            return Err(error);
+            Err(error)
         };
-        let fabric = NEXT_FABRIC.fetch_add(1, Ordering::Relaxed);
-        let mut device = Device {
+        let mut attr = MaybeUninit::<ffi::ibv_device_attr>::zeroed();
+        // SAFETY: an open device and an out parameter of the library's own layout.
+        let code = unsafe { (api.ibv_query_device)(context.as_ptr(), attr.as_mut_ptr()) };
+        if let Err(e) = check(code, name, "asking for its limits") {
+            return close(e);
+        }
+        // SAFETY: plain numbers: zeros are valid, and the call succeeded.
+        let attr = unsafe { attr.assume_init() };
+        // A descriptor that is read when it is readable must not block when it is not after all.
+        // SAFETY: an open device.
+        if let Err(e) = set_nonblocking(unsafe { context.as_ref() }.async_fd) {
+            return close(LinkError::Io(e));
+        }
+        // SAFETY: an open device.
+        let Some(pd) = NonNull::new(unsafe { (api.ibv_alloc_pd)(context.as_ptr()) }) else {
+            return close(failed(name, "making a protection domain"));
+        };
+        let at_least_1 = |n: c_int| u32::try_from(n).unwrap_or(0).max(1);
+        let type_2 = ffi::IBV_DEVICE_MEM_WINDOW_TYPE_2A | ffi::IBV_DEVICE_MEM_WINDOW_TYPE_2B;
+        let windows = if attr.device_cap_flags & type_2 != 0 { attr.max_mw } else { 0 };
+        let limits = Limits {
+            queue: at_least_1(attr.max_qp_wr),
+            completions: at_least_1(attr.max_cqe),
+            pieces: at_least_1(attr.max_sge),
+            reads: at_least_1(attr.max_qp_rd_atom.min(attr.max_qp_init_rd_atom)).min(16) as u8,
+            windows: u32::try_from(windows).unwrap_or(0),
+            ports: attr.phys_port_cnt,
+        };
+        Ok(Arc::new(Device {
             api,
             name: name.to_owned(),
             context,
             pd,
-            gid: ffi::ibv_gid::default(),
-            gid_index: 0,
-            mtu: 0,
-            fabric,
-            registrations: AtomicUsize::new(0),
-        };
-        device.look_at_port()?;
-        Ok(Arc::new(device))
-    }
-
-    fn look_at_port(&mut self) -> Result<(), LinkError> {
-        let mut port = ffi::ibv_port_attr::default();
-        // SAFETY: an open device and an out parameter that is larger than what the call writes.
-        let code = unsafe { (self.api.ibv_query_port)(self.context.as_ptr(), PORT, &mut port) };
-        check(code, &self.name, "querying its port")?;
-        if port.state != ffi::IBV_PORT_ACTIVE {
-            return Err(refused(&self.name, "using its port", "the port is not active"));
-        }
-        self.mtu = port.active_mtu;
-        // RoCE v2 over IPv4 routes everywhere; its GID is the address mapped into IPv6. The first
-        // such entry of type "v2", else whatever the first entry is (InfiniBand).
-        for index in 0..port.gid_tbl_len.clamp(0, 255) {
-            let mut gid = ffi::ibv_gid::default();
-            // SAFETY: an open device and an out parameter.
-            if unsafe { (self.api.ibv_query_gid)(self.context.as_ptr(), PORT, index, &mut gid) } != 0 {
-                continue;
-            }
-            let path = format!("/sys/class/infiniband/{}/ports/{PORT}/gid_attrs/types/{index}", self.name);
-            let v2 = std::fs::read_to_string(path).is_ok_and(|t| t.trim() == "RoCE v2");
-            let v4 = gid.raw[..10] == [0; 10] && gid.raw[10..12] == [0xFF; 2];
-            if index == 0 || (v2 && v4) {
-                (self.gid, self.gid_index) = (gid, index as u8);
-                if v2 && v4 {
-                    break;
-                }
-            }
-        }
-        Ok(())
+            instance: NEXT_INSTANCE.fetch_add(1, Ordering::Relaxed),
+            limits,
+            counters: DeviceCounters::default(),
+            alarms: Mutex::default(),
+        }))
     }
 
     /// As the system names it.
@@ -141,39 +206,116 @@ impl Device {
         &self.name
     }
 
-    /// Registrations made so far: blocks are registered once, so it stops growing.
-    #[cfg(test)]
-    pub(crate) fn registrations_made(&self) -> usize {
-        self.registrations.load(Ordering::Relaxed)
+    /// What it allows.
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
     }
 
-    fn register(
-        self: &Arc<Self>,
-        address: *mut u8,
-        len: usize,
-    ) -> Result<Arc<dyn Any + Send + Sync>, LinkError> {
-        let access = ffi::IBV_ACCESS_LOCAL_WRITE | ffi::IBV_ACCESS_REMOTE_WRITE | ffi::IBV_ACCESS_REMOTE_READ;
-        // SAFETY: the memory is a pool block's, which drops this registration before it is freed.
-        let mr = unsafe { (self.api.ibv_reg_mr)(self.pd.as_ptr(), address.cast(), len, access) };
-        let mr = NonNull::new(mr).ok_or_else(|| failed(&self.name, "registering memory"))?;
-        self.registrations.fetch_add(1, Ordering::Relaxed);
-        Ok(Arc::new(Registration { mr, device: self.clone() }))
+    /// Looks at port `number`.
+    ///
+    /// # Errors
+    /// Why it cannot be used, in words: "port 1 is down".
+    pub(crate) fn port(&self, number: u8) -> Result<Port, String> {
+        let mut attr = ffi::ibv_port_attr::default();
+        // SAFETY: an open device and an out parameter that is larger than what the call writes.
+        let code = unsafe { (self.api.ibv_query_port)(self.context.as_ptr(), number, &mut attr) };
+        if code != 0 {
+            let error = io::Error::from_raw_os_error(code.abs());
+            return Err(format!("port {number} cannot be queried: {error}"));
+        }
+        match attr.state {
+            ffi::IBV_PORT_ACTIVE => {}
+            1 => return Err(format!("port {number} is down")),
+            2 | 3 => return Err(format!("port {number} waits for a subnet manager")),
+            other => return Err(format!("port {number} is not active (state {other})")),
+        }
+        let link = match attr.link_layer {
+            ffi::IBV_LINK_LAYER_ETHERNET => LinkLayer::Ethernet,
+            _ => LinkLayer::InfiniBand,
+        };
+        let folder = port::folder(&self.name, number);
+        let (mut gids, mut netdev) = (Vec::new(), None);
+        for index in 0..attr.gid_tbl_len.clamp(0, 255) {
+            let mut gid = ffi::ibv_gid::default();
+            // SAFETY: an open device and an out parameter.
+            let code = unsafe { (self.api.ibv_query_gid)(self.context.as_ptr(), number, index, &mut gid) };
+            if code == 0 && gid.raw != [0; 16] {
+                let (kind, ndev) = port::gid_attributes(&folder, index as u8);
+                gids.push(Gid { raw: gid.raw, index: index as u8, kind });
+                netdev = netdev.or(ndev);
+            }
+        }
+        let gids = port::sort_gids(link, gids);
+        let Some(gid) = gids.first().copied() else {
+            return Err(format!(
+                "port {number} has no address: give its network interface an IP address and set it up"
+            ));
+        };
+        if !(1..=5).contains(&attr.active_mtu) {
+            return Err(format!("port {number} reports the MTU code {}", attr.active_mtu));
+        }
+        Ok(Port { number, link, mtu: attr.active_mtu, lid: attr.lid, gid, gids, netdev })
+    }
+
+    /// Readable when an asynchronous event waits.
+    pub(crate) fn event_fd(&self) -> RawFd {
+        // SAFETY: an open device.
+        unsafe { self.context.as_ref() }.async_fd
+    }
+
+    /// The next asynchronous event, if one waits: its number and the port that it names. Events of
+    /// queue pairs go to their alarms here; the queue pair cannot be destroyed before that is done.
+    pub(crate) fn next_event(&self) -> Option<(u32, u8)> {
+        let mut event = ffi::ibv_async_event { element: std::ptr::null_mut(), event_type: 0 };
+        // SAFETY: an open device and an out parameter.
+        if unsafe { (self.api.ibv_get_async_event)(self.context.as_ptr(), &mut event) } != 0 {
+            return None;
+        }
+        let kind = event.event_type;
+        let mut port = 0;
+        match super::status::concerns(kind) {
+            super::status::Concerns::Queue(reason) if kind != ffi::event::CQ_ERR => {
+                let qp = event.element.cast::<ffi::ibv_qp>();
+                // SAFETY: the element of a queue pair's event; destroying a queue pair waits until
+                // its events are acknowledged, which is below.
+                let number = unsafe { (*qp).qp_num };
+                let alarm = lock(&self.alarms).get(&number).cloned();
+                if let Some(alarm) = alarm {
+                    alarm(reason);
+                }
+            }
+            // The union's number is an `int` at its beginning.
+            _ => port = (event.element as usize & 0xFF) as u8,
+        }
+        // SAFETY: taken above, acknowledged once.
+        unsafe { (self.api.ibv_ack_async_event)(&mut event) };
+        Some((kind, port))
     }
 
     /// The keys of a receive buffer's block.
     pub(crate) fn keys_of_mut(self: &Arc<Self>, buf: &BufMut) -> Result<Keys, LinkError> {
-        Ok(Keys::of(&buf.registration(self.fabric, |p, n| self.register(p, n))?))
+        Ok(keys(&buf.registration(self.instance, |p, n| self.register_block(p, n))?))
     }
 
     /// The keys of a shared buffer's block.
     pub(crate) fn keys_of(self: &Arc<Self>, buf: &Buf) -> Result<Keys, LinkError> {
-        Ok(Keys::of(&buf.registration(self.fabric, |p, n| self.register(p, n))?))
+        Ok(keys(&buf.registration(self.instance, |p, n| self.register_block(p, n))?))
+    }
+
+    fn register_block(
+        self: &Arc<Self>,
+        address: *mut u8,
+        len: usize,
+    ) -> Result<Arc<dyn Any + Send + Sync>, LinkError> {
+        // SAFETY: the memory is a pool block's, which drops this registration before it is freed.
+        let region = unsafe { Region::new(self, address, len, Reach::Peer) }?;
+        Ok(Arc::new(region))
     }
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // SAFETY: registrations and queues hold the device, so nothing uses either any more.
+        // SAFETY: regions and queues hold the device, so nothing uses either any more.
         unsafe {
             (self.api.ibv_dealloc_pd)(self.pd.as_ptr());
             (self.api.ibv_close_device)(self.context.as_ptr());
@@ -181,277 +323,111 @@ impl Drop for Device {
     }
 }
 
-/// How a block's memory is named: locally and by the peer.
-#[derive(Clone, Copy, Debug)]
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Device").field("name", &self.name).field("limits", &self.limits).finish()
+    }
+}
+
+/// Who may touch registered memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// This side's own work and messages that arrive into receives posted by it.
+    Local,
+    /// Also a peer that was given the remote key: READ and WRITE.
+    Peer,
+}
+
+/// How registered memory is named: locally and by the peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Keys {
     pub(crate) local: u32,
     pub(crate) remote: u32,
 }
 
-impl Keys {
-    fn of(registration: &Arc<dyn Any + Send + Sync>) -> Keys {
-        let registration: &Registration =
-            registration.downcast_ref().expect("a fabric's number finds its own registrations");
-        // SAFETY: the registration is alive.
-        let mr = unsafe { registration.mr.as_ref() };
-        Keys { local: mr.lkey, remote: mr.rkey }
-    }
+fn keys(registration: &Arc<dyn Any + Send + Sync>) -> Keys {
+    let region: &Region =
+        registration.downcast_ref().expect("a device instance's number finds its own registrations");
+    region.keys()
 }
 
-struct Registration {
+/// Memory registered with a device for as long as this lives.
+pub(crate) struct Region {
     mr: NonNull<ffi::ibv_mr>,
     device: Arc<Device>,
 }
 
 // SAFETY: see `Device`.
-unsafe impl Send for Registration {}
+unsafe impl Send for Region {}
 // SAFETY: see `Device`.
-unsafe impl Sync for Registration {}
+unsafe impl Sync for Region {}
 
-impl Drop for Registration {
+impl Region {
+    /// Registers `len` bytes at `address`.
+    ///
+    /// Relaxed ordering is asked for always, and where kernel or device do not offer it, it is
+    /// ignored: the device's writes into this memory may then become visible in any order among
+    /// themselves, which across sockets and on some hosts is worth tens of percent of the bandwidth.
+    /// It is sound because nobody here looks at memory to learn that something has arrived: all
+    /// readers wait for a completion first (of the SEND after a WRITE, of a WRITE with immediate, of
+    /// a READ), and a completion entry is written in strict order, behind all data before it.
+    ///
+    /// # Safety
+    /// The memory must stay mapped until this is dropped, and must not be touched through Rust
+    /// references in conflict with what the device does with it: a peer that holds the remote key
+    /// of a region with [`Reach::Peer`] may read and write it at any time.
+    pub(crate) unsafe fn new(
+        device: &Arc<Device>,
+        address: *mut u8,
+        len: usize,
+        reach: Reach,
+    ) -> Result<Region, LinkError> {
+        let mut access = ffi::IBV_ACCESS_LOCAL_WRITE;
+        if reach == Reach::Peer {
+            access |= ffi::IBV_ACCESS_REMOTE_WRITE | ffi::IBV_ACCESS_REMOTE_READ;
+            if device.limits.windows > 0 {
+                access |= ffi::IBV_ACCESS_MW_BIND;
+            }
+        }
+        let (api, pd, at) = (device.api, device.pd.as_ptr(), address.cast());
+        let relaxed = (access | ffi::IBV_ACCESS_RELAXED_ORDERING) as u32;
+        let mr = match api.ibv_reg_mr_iova2 {
+            // SAFETY: the caller's promise about the memory.
+            Some(register) => unsafe { register(pd, at, len, address as u64, relaxed) },
+            None => std::ptr::null_mut(),
+        };
+        let mr = NonNull::new(mr).or_else(|| {
+            // SAFETY: as above.
+            NonNull::new(unsafe { (api.ibv_reg_mr)(pd, at, len, access) })
+        });
+        let mr = mr.ok_or_else(|| {
+            let error = io::Error::last_os_error();
+            let hint = match error.raw_os_error() {
+                Some(libc::ENOMEM) => " (is the memlock limit of this process too low? ulimit -l)",
+                _ => "",
+            };
+            refused(&device.name, "registering memory", &format!("{error}{hint}"))
+        })?;
+        device.counters.registrations.fetch_add(1, Ordering::Relaxed);
+        Ok(Region { mr, device: device.clone() })
+    }
+
+    /// Its names.
+    pub(crate) fn keys(&self) -> Keys {
+        // SAFETY: the registration is alive.
+        let mr = unsafe { self.mr.as_ref() };
+        Keys { local: mr.lkey, remote: mr.rkey }
+    }
+}
+
+impl Drop for Region {
     fn drop(&mut self) {
-        // SAFETY: registered by this device and not used by work in flight, which holds its buffers.
+        // SAFETY: registered by this device and not used by work in flight, which holds its memory.
         unsafe { (self.device.api.ibv_dereg_mr)(self.mr.as_ptr()) };
     }
 }
 
-/// What the peer needs to know about a queue pair.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Address {
-    pub(crate) qp: u32,
-    pub(crate) psn: u32,
-    pub(crate) gid: [u8; 16],
-    pub(crate) mtu: u32,
-}
-
-/// A reliable connected queue pair with its own completion queue and event channel.
-pub(crate) struct Queue {
-    device: Arc<Device>,
-    channel: NonNull<ffi::ibv_comp_channel>,
-    cq: NonNull<ffi::ibv_cq>,
-    qp: NonNull<ffi::ibv_qp>,
-    psn: u32,
-}
-
-// SAFETY: see `Device`.
-unsafe impl Send for Queue {}
-
-impl Queue {
-    /// Makes a queue pair in the INIT state: receives may be posted.
-    pub(crate) fn new(device: &Arc<Device>, psn: u32) -> Result<Queue, LinkError> {
-        let (api, name) = (device.api, device.name.as_str());
-        // SAFETY: an open device.
-        let channel = unsafe { (api.ibv_create_comp_channel)(device.context.as_ptr()) };
-        let channel = NonNull::new(channel).ok_or_else(|| failed(name, "making a completion channel"))?;
-        let size = 2 * DEPTH as c_int;
-        let none = std::ptr::null_mut::<c_void>();
-        // SAFETY: an open device and a live channel of it.
-        let cq = unsafe { (api.ibv_create_cq)(device.context.as_ptr(), size, none, channel.as_ptr(), 0) };
-        let Some(cq) = NonNull::new(cq) else {
-            let error = failed(name, "making a completion queue");
-            // SAFETY: made above, used by nothing.
-            unsafe { (api.ibv_destroy_comp_channel)(channel.as_ptr()) };
-            return Err(error);
-        };
-        let mut init = ffi::ibv_qp_init_attr {
-            qp_context: none,
-            send_cq: cq.as_ptr(),
-            recv_cq: cq.as_ptr(),
-            srq: std::ptr::null_mut(),
-            cap: ffi::ibv_qp_cap {
-                max_send_wr: DEPTH as u32,
-                max_recv_wr: DEPTH as u32,
-                max_send_sge: 1,
-                max_recv_sge: 1,
-                max_inline_data: 0,
-            },
-            qp_type: ffi::IBV_QPT_RC,
-            sq_sig_all: 0,
-        };
-        // SAFETY: live objects of one device.
-        let Some(qp) = NonNull::new(unsafe { (api.ibv_create_qp)(device.pd.as_ptr(), &mut init) }) else {
-            let error = failed(name, "making a queue pair");
-            // SAFETY: made above, used by nothing.
-            unsafe {
-                (api.ibv_destroy_cq)(cq.as_ptr());
-                (api.ibv_destroy_comp_channel)(channel.as_ptr());
-            }
-            return Err(error);
-        };
-        let queue = Queue { device: device.clone(), channel, cq, qp, psn: psn & 0xFF_FFFF };
-        set_nonblocking(queue.fd()).map_err(LinkError::Io)?;
-        queue.arm()?;
-        let mut attr = ffi::ibv_qp_attr {
-            qp_state: ffi::IBV_QPS_INIT,
-            port_num: PORT,
-            qp_access_flags: (ffi::IBV_ACCESS_REMOTE_WRITE | ffi::IBV_ACCESS_REMOTE_READ) as c_uint,
-            ..Default::default()
-        };
-        queue.modify(
-            &mut attr,
-            mask::STATE | mask::PKEY_INDEX | mask::PORT | mask::ACCESS,
-            "initialising",
-        )?;
-        Ok(queue)
-    }
-
-    fn modify(&self, attr: &mut ffi::ibv_qp_attr, mask: c_int, what: &'static str) -> Result<(), LinkError> {
-        // SAFETY: a live queue pair and a complete attribute struct.
-        let code = unsafe { (self.device.api.ibv_modify_qp)(self.qp.as_ptr(), attr, mask) };
-        check(code, &self.device.name, what)
-    }
-
-    pub(crate) fn address(&self) -> Address {
-        // SAFETY: a live queue pair.
-        let qp = unsafe { self.qp.as_ref() }.qp_num;
-        Address { qp, psn: self.psn, gid: self.device.gid.raw, mtu: self.device.mtu }
-    }
-
-    /// Connects to the peer's queue pair: both may send once both have done this.
-    pub(crate) fn connect(&self, peer: &Address) -> Result<(), LinkError> {
-        let mut attr = ffi::ibv_qp_attr {
-            qp_state: ffi::IBV_QPS_RTR,
-            path_mtu: self.device.mtu.min(peer.mtu),
-            dest_qp_num: peer.qp,
-            rq_psn: peer.psn & 0xFF_FFFF,
-            max_dest_rd_atomic: READS,
-            // 10 microseconds before a sender that found no receive posted tries again.
-            min_rnr_timer: 1,
-            ah_attr: ffi::ibv_ah_attr {
-                grh: ffi::ibv_global_route {
-                    dgid: ffi::ibv_gid { raw: peer.gid },
-                    sgid_index: self.device.gid_index,
-                    hop_limit: 64,
-                    ..Default::default()
-                },
-                is_global: 1,
-                port_num: PORT,
-                ..Default::default()
-            },
-            ..Default::default()
-        };
-        let rtr = mask::AV | mask::PATH_MTU | mask::DEST_QPN | mask::RQ_PSN | mask::MAX_DEST_RD_ATOMIC;
-        self.modify(&mut attr, mask::STATE | rtr | mask::MIN_RNR_TIMER, "connecting (to ready-to-receive)")?;
-        attr.qp_state = ffi::IBV_QPS_RTS;
-        // 4.096 us * 2^16 = 268 ms before a retransmission, seven times: a dead path shows in two
-        // seconds. A peer that is alive but has no receive posted is waited for (7 = for ever); the
-        // stall timer bounds that.
-        (attr.timeout, attr.retry_cnt, attr.rnr_retry) = (16, 7, 7);
-        (attr.sq_psn, attr.max_rd_atomic) = (self.psn, READS);
-        let rts = mask::TIMEOUT | mask::RETRY_CNT | mask::RNR_RETRY | mask::SQ_PSN | mask::MAX_RD_ATOMIC;
-        self.modify(&mut attr, mask::STATE | rts, "connecting (to ready-to-send)")
-    }
-
-    /// Posts one send-side work request.
-    ///
-    /// # Safety
-    /// The memory of `sge` must stay valid (for a READ, untouched) until its completion was polled
-    /// or the queue was destroyed.
-    pub(crate) unsafe fn post(
-        &self,
-        id: u64,
-        opcode: c_uint,
-        mut sge: ffi::ibv_sge,
-        remote: (u64, u32),
-    ) -> Result<(), LinkError> {
-        let mut wr = ffi::ibv_send_wr::new(id, opcode, &mut sge);
-        (wr.remote_addr, wr.rkey) = remote;
-        let mut bad = std::ptr::null_mut();
-        // SAFETY: the context's table has this entry; the request and its list outlive the call.
-        let code = unsafe {
-            let post_send = (*self.device.context.as_ptr()).ops.post_send;
-            post_send(self.qp.as_ptr(), &mut wr, &mut bad)
-        };
-        check(code, &self.device.name, "posting work")
-    }
-
-    /// Posts one receive.
-    ///
-    /// # Safety
-    /// The memory of `sge` must stay valid and untouched until its completion was polled or the
-    /// queue was destroyed.
-    pub(crate) unsafe fn post_recv(&self, id: u64, mut sge: ffi::ibv_sge) -> Result<(), LinkError> {
-        let mut wr =
-            ffi::ibv_recv_wr { wr_id: id, next: std::ptr::null_mut(), sg_list: &mut sge, num_sge: 1 };
-        let mut bad = std::ptr::null_mut();
-        // SAFETY: the context's table has this entry; the request and its list outlive the call.
-        let code = unsafe {
-            let post_recv = (*self.device.context.as_ptr()).ops.post_recv;
-            post_recv(self.qp.as_ptr(), &mut wr, &mut bad)
-        };
-        check(code, &self.device.name, "posting a receive")
-    }
-
-    fn fd(&self) -> RawFd {
-        // SAFETY: a live channel.
-        unsafe { self.channel.as_ref() }.fd
-    }
-
-    /// A descriptor of the event channel with a life of its own.
-    pub(crate) fn events(&self) -> io::Result<OwnedFd> {
-        // SAFETY: a plain system call on a live descriptor.
-        let fd = unsafe { libc::fcntl(self.fd(), libc::F_DUPFD_CLOEXEC, 0) };
-        // SAFETY: just made, owned by nobody else.
-        if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) }
-    }
-
-    fn arm(&self) -> Result<(), LinkError> {
-        // SAFETY: the context's table has this entry; a live completion queue.
-        let code = unsafe { ((*self.device.context.as_ptr()).ops.req_notify_cq)(self.cq.as_ptr(), 0) };
-        check(code, &self.device.name, "arming the completion queue")
-    }
-
-    /// Takes events off the channel, arms it again and takes all completions: whatever completes
-    /// after the last look makes a new event. Returns the number of events.
-    pub(crate) fn drain(&self, out: &mut Vec<ffi::ibv_wc>) -> Result<usize, LinkError> {
-        let mut events = 0;
-        let (mut cq, mut context) = (std::ptr::null_mut(), std::ptr::null_mut());
-        // SAFETY: a live, non-blocking channel and out parameters.
-        while unsafe { (self.device.api.ibv_get_cq_event)(self.channel.as_ptr(), &mut cq, &mut context) } == 0
-        {
-            events += 1;
-            // SAFETY: the channel's only completion queue is ours.
-            unsafe { (self.device.api.ibv_ack_cq_events)(cq, 1) };
-        }
-        self.arm()?;
-        loop {
-            let mut some = [ffi::ibv_wc::default(); 16];
-            // SAFETY: the context's table has this entry; room for 16.
-            let n = unsafe {
-                ((*self.device.context.as_ptr()).ops.poll_cq)(self.cq.as_ptr(), 16, some.as_mut_ptr())
-            };
-            let Ok(n) = usize::try_from(n) else {
-                return Err(refused(&self.device.name, "polling completions", "the library says no"));
-            };
-            out.extend_from_slice(&some[..n.min(16)]);
-            if n == 0 {
-                return Ok(events);
-            }
-        }
-    }
-
-    /// What a failed completion means.
-    pub(crate) fn error(&self, wc: &ffi::ibv_wc, what: &'static str) -> LinkError {
-        // SAFETY: returns a constant C string for any number.
-        let text = unsafe { CStr::from_ptr((self.device.api.ibv_wc_status_str)(wc.status)) };
-        refused(&self.device.name, what, &text.to_string_lossy())
-    }
-}
-
-impl Drop for Queue {
-    fn drop(&mut self) {
-        let api = self.device.api;
-        // SAFETY: made by `new`, destroyed once, in the order queue pair, completion queue, channel;
-        // all events have been acknowledged. After the first no memory is touched any more.
-        unsafe {
-            (api.ibv_destroy_qp)(self.qp.as_ptr());
-            (api.ibv_destroy_cq)(self.cq.as_ptr());
-            (api.ibv_destroy_comp_channel)(self.channel.as_ptr());
-        }
-    }
-}
-
-fn set_nonblocking(fd: RawFd) -> io::Result<()> {
+pub(super) fn set_nonblocking(fd: RawFd) -> io::Result<()> {
     // SAFETY: plain system calls on a live descriptor.
     let done = unsafe {
         let flags = libc::fcntl(fd, libc::F_GETFL);

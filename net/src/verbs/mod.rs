@@ -1,6 +1,17 @@
-//! Verbs objects that RPC's links and reduce's channels share: declarations, devices, queue pairs.
+//! Verbs objects that RPC's links and reduce's channels share: declarations, devices, ports,
+//! queue pairs. Each owner destroys what it made, in the order that the library asks for: queue
+//! pair, completion queue, channel; then memory regions; then the device.
+
+#![allow(dead_code, unused_imports, reason = "what channels over RDMA are being built on")]
 
 pub(crate) mod device;
 pub(crate) mod ffi;
+pub(crate) mod port;
+pub(crate) mod queue;
+pub(crate) mod rail;
+pub(crate) mod status;
 
-pub(crate) use device::Device;
+pub(crate) use device::{Device, Keys, Reach, Region};
+pub(crate) use port::Port;
+pub(crate) use queue::{Address, Completion, Done, Op, Queue, QueueOptions, Remote, Request};
+pub(crate) use rail::{Rail, Watcher};

@@ -10,12 +10,12 @@
 //! Provisional: no credits (a sender that runs ahead is held by receiver-not-ready retries and the
 //! stall timer), and a block's remote key is good as long as its registration.
 
-use super::{Counters, Incoming, LinkRx, LinkTx, Outgoing, Register, Window};
-use crate::buf::{Buf, BufMut, BufPool};
+use super::{Counters, Incoming, LinkOptions, LinkRx, LinkTx, Outgoing, Register, Window};
+use crate::buf::{Buf, BufMut, BufPool, HeadRoom};
 use crate::error::LinkError;
 use crate::rpc::frame::{FrameKind, HEADER_BYTES, Header};
-use crate::verbs::device::{Address, DEPTH, Keys, Queue};
-use crate::verbs::{Device, ffi};
+use crate::verbs::queue::{Piece, piece};
+use crate::verbs::{Address, Device, Done, Op, Queue, QueueOptions, Rail, Remote, Request};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
@@ -31,10 +31,14 @@ use tokio_util::sync::CancellationToken;
 
 /// A SEND carries up to so much of a message; longer heads take several, in order.
 const SLOT: usize = 8 << 10;
+/// Work requests in flight on the send side, and receives posted.
+const DEPTH: usize = 64;
 /// Source window and reply window follow the frame's header.
 const WINDOWS: usize = 2 * 16;
 const MAGIC: [u8; 8] = *b"FFRDMA1\n";
 const ADDRESS_BYTES: usize = 8 + 4 + 4 + 16 + 4;
+/// READs in flight at one time; every verbs device takes as many.
+const READS: u8 = 4;
 
 /// Work whose completion has not come, with the memory that the device may touch.
 enum Work {
@@ -104,24 +108,16 @@ impl Shared {
         }
     }
 
-    /// Posts work and holds its memory. `at`, `len` and `keys` describe the local memory, which
-    /// `work` owns.
-    fn post(
-        &self,
-        opcode: u32,
-        (at, len, keys): (u64, usize, Keys),
-        remote: (u64, u32),
-        work: Work,
-        permit: OwnedSemaphorePermit,
-    ) -> Result<(), LinkError> {
+    /// Posts work and holds its memory. `local` describes memory that `work` owns.
+    fn post(&self, op: Op, local: Piece, work: Work, permit: OwnedSemaphorePermit) -> Result<(), LinkError> {
         let mut state = self.lock();
         let id = state.next;
         state.next += 1;
-        let sge = ffi::ibv_sge { addr: at, length: len as u32, lkey: keys.local };
+        let request = Request { id, op, signaled: true, inline: false };
         match (&state.over, &state.queue) {
             // SAFETY: the memory is owned by `work`, which stays in the table until the completion
             // was polled or the queue destroyed (see `State`).
-            (None, Some(queue)) => unsafe { queue.post(id, opcode, sge, remote)? },
+            (None, Some(queue)) => unsafe { queue.post(&request, &[local])? },
             _ => return Err(self.ended(&state)),
         }
         state.work.insert(id, Posted { work, _permit: permit });
@@ -131,10 +127,10 @@ impl Shared {
     /// Gives receive slot `index` to the device.
     fn post_slot(&self, state: &mut State, index: usize, slot: BufMut) -> Result<(), LinkError> {
         let keys = self.device.keys_of_mut(&slot)?;
-        let sge = ffi::ibv_sge { addr: slot.as_ptr() as u64, length: SLOT as u32, lkey: keys.local };
+        let into = piece(slot.as_ptr(), SLOT, keys.local);
         let Some(queue) = &state.queue else { return Err(self.ended(state)) };
         // SAFETY: the slot is kept in `slots`, untouched, until its completion was polled.
-        unsafe { queue.post_recv(index as u64, sge)? };
+        unsafe { queue.post_recv(index as u64, Some(into))? };
         state.slots[index] = Some(slot);
         Ok(())
     }
@@ -144,34 +140,43 @@ impl Shared {
         let mut state = self.lock();
         let mut completions = Vec::new();
         let Some(queue) = &state.queue else { return Err(LinkError::Closed) };
-        let events = queue.drain(&mut completions)?;
-        self.events.fetch_add(events, Ordering::Relaxed);
+        self.events.fetch_add(queue.take_events(), Ordering::Relaxed);
+        queue.arm()?;
+        while queue.poll(&mut completions)? > 0 {}
         let mut failed = None;
-        for wc in &completions {
-            if wc.status != ffi::IBV_WC_SUCCESS {
-                // The first failure is the cause; the rest were flushed because of it. A READ's
-                // memory is let go here: the queue pair has failed and moves nothing more.
-                let what = match state.work.remove(&wc.wr_id).map(|p| p.work) {
-                    Some(Work::Read { .. }) => "READ",
-                    Some(Work::Write { .. }) => "WRITE",
-                    Some(Work::Send { .. }) => "SEND",
-                    None => "receiving",
-                };
-                if let Some(queue) = &state.queue {
-                    failed.get_or_insert_with(|| queue.error(wc, what));
+        for completion in completions {
+            let id = completion.id;
+            match completion.result {
+                Err(error) => {
+                    // The first failure is the cause; the rest were flushed because of it. A READ's
+                    // memory is let go here: the queue pair has failed and moves nothing more.
+                    let what = match state.work.remove(&id).map(|p| p.work) {
+                        Some(Work::Read { .. }) => "READ",
+                        Some(Work::Write { .. }) => "WRITE",
+                        Some(Work::Send { .. }) => "SEND",
+                        None => "receiving",
+                    };
+                    let device = self.device.name().to_owned();
+                    failed.get_or_insert(LinkError::Work { device, what, error });
                 }
-            } else if wc.opcode & ffi::IBV_WC_RECV != 0 {
-                state.arrived.push_back((wc.wr_id as usize, wc.byte_len as usize));
-                self.counters.add_received(wc.byte_len as usize);
-                self.arrival.notify_one();
-            } else if let Some(posted) = state.work.remove(&wc.wr_id) {
-                match posted.work {
-                    Work::Read { into, done } => {
-                        self.counters.add_received(into.len());
-                        // The puller may be gone; the buffer goes back to its pool then.
-                        let _ = done.send(into);
+                Ok(Done::Received { len }) => {
+                    state.arrived.push_back((id as usize, len as usize));
+                    self.counters.add_received(len as usize);
+                    self.arrival.notify_one();
+                }
+                Ok(Done::Written { .. }) => {
+                    return Err(LinkError::Protocol("a WRITE with immediate, which RPC does not use".into()));
+                }
+                Ok(Done::Request) => {
+                    let Some(posted) = state.work.remove(&id) else { continue };
+                    match posted.work {
+                        Work::Read { into, done } => {
+                            self.counters.add_received(into.len());
+                            // The puller may be gone; the buffer goes back to its pool then.
+                            let _ = done.send(into);
+                        }
+                        Work::Send { .. } | Work::Write { .. } => {}
                     }
-                    Work::Send { .. } | Work::Write { .. } => {}
                 }
             }
         }
@@ -219,12 +224,23 @@ async fn pump(shared: Arc<Shared>, events: AsyncFd<OwnedFd>) {
 /// Makes a link of a connected, authenticated stream and a device: both sides call it.
 pub(crate) async fn connect(
     mut side: TcpStream,
-    device: Arc<Device>,
-    counters: Arc<Counters>,
-    stall: Duration,
+    rail: &Rail,
+    link: LinkOptions,
 ) -> Result<(VerbsTx, VerbsRx), LinkError> {
-    let psn = rand::Rng::next_u32(&mut rand::rng());
-    let queue = Queue::new(&device, psn)?;
+    let LinkOptions { counters, stall, class, .. } = link;
+    let device = rail.device.clone();
+    let refused = |reason| LinkError::Device { device: rail.name(), what: "using its port", reason };
+    let port = rail.port().map_err(refused)?;
+    let options = QueueOptions {
+        sends: DEPTH as u32,
+        receives: DEPTH as u32,
+        reads: READS,
+        class,
+        // Provisional: no credits.
+        rnr_retries: 7,
+        ..Default::default()
+    };
+    let queue = Queue::new(&device, &port, &options)?;
     let ours = queue.address();
     let shared = Arc::new(Shared {
         state: Mutex::new(State {
@@ -285,7 +301,7 @@ fn parse_address(bytes: &[u8; ADDRESS_BYTES]) -> Result<Address, LinkError> {
     let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
     let mut gid = [0; 16];
     gid.copy_from_slice(&bytes[16..32]);
-    let peer = Address { qp: u32_at(8), psn: u32_at(12), gid, mtu: u32_at(32) };
+    let peer = Address { qp: u32_at(8), psn: u32_at(12), gid, lid: 0, mtu: u32_at(32), reads: READS };
     if bytes[..8] != MAGIC || peer.qp > 0xFF_FFFF || !(1..=5).contains(&peer.mtu) {
         return Err(LinkError::Protocol("an RDMA address is malformed".into()));
     }
@@ -356,8 +372,8 @@ impl VerbsTx {
             };
             slot.set_len(part.len());
             slot.copy_from_slice(part);
-            let local = (slot.as_ptr() as u64, part.len(), shared.device.keys_of_mut(&slot)?);
-            shared.post(ffi::IBV_WR_SEND, local, (0, 0), Work::Send { _slot: slot }, permit)?;
+            let local = piece(slot.as_ptr(), part.len(), shared.device.keys_of_mut(&slot)?.local);
+            shared.post(Op::Send, local, Work::Send { _slot: slot }, permit)?;
             shared.counters.add_sent(part.len());
         }
         Ok(())
@@ -373,9 +389,10 @@ impl VerbsTx {
         };
         let keys = shared.device.keys_of(payload)?;
         let permit = shared.place().await?;
-        let local = (payload.as_ptr() as u64, payload.len(), keys);
+        let local = piece(payload.as_ptr(), payload.len(), keys.local);
         let work = Work::Write { _from: payload.clone() };
-        shared.post(ffi::IBV_WR_RDMA_WRITE, local, (window.address, window.key), work, permit)?;
+        let into = Remote { address: window.address, key: window.key };
+        shared.post(Op::Write(into), local, work, permit)?;
         shared.counters.add_sent(payload.len());
         Ok(())
     }
@@ -383,6 +400,10 @@ impl VerbsTx {
 
 impl LinkTx for VerbsTx {
     const NAME: &'static str = "rdma";
+
+    fn device(&self) -> Option<String> {
+        Some(self.half.0.device.name().to_owned())
+    }
 
     fn register(&self) -> Arc<dyn Register> {
         Arc::new(Memory(self.half.0.device.clone()))
@@ -480,7 +501,7 @@ impl LinkRx for VerbsRx {
             return Err(LinkError::Protocol(what));
         }
         let head = Bytes::from(bytes).slice(HEADER_BYTES + WINDOWS..);
-        Ok(Incoming { header, head, source, window })
+        Ok(Incoming { header, head, source, window, room: HeadRoom::default() })
     }
 
     async fn pull(&mut self, from: &Incoming, into: BufMut) -> Result<BufMut, LinkError> {
@@ -488,11 +509,12 @@ impl LinkRx for VerbsRx {
         let Some(source) = from.source.filter(|w| w.len as usize == into.len()) else {
             return Err(LinkError::Protocol("nothing to pull".into()));
         };
-        let local = (into.as_ptr() as u64, into.len(), shared.device.keys_of_mut(&into)?);
+        let local = piece(into.as_ptr(), into.len(), shared.device.keys_of_mut(&into)?.local);
         let permit = shared.place().await?;
         let (done, pulled) = oneshot::channel();
         let work = Work::Read { into, done };
-        shared.post(ffi::IBV_WR_RDMA_READ, local, (source.address, source.key), work, permit)?;
+        let from = Remote { address: source.address, key: source.key };
+        shared.post(Op::Read(from), local, work, permit)?;
         match tokio::time::timeout(shared.stall, pulled).await {
             Ok(Ok(buf)) => Ok(buf),
             Ok(Err(_)) => {
