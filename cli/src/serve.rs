@@ -335,3 +335,57 @@ async fn start(config: NodeConfig, stop: &CancellationToken) -> Result<Vec<Endin
     }
     Ok(endings)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use firefly_net::Transport;
+
+    #[test]
+    fn the_examples_are_what_serve_reads() {
+        let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples");
+        let load = |path: &Path| firefly_types::config::load::<NodeConfig>(path);
+        let mut seen = 0;
+        for entry in std::fs::read_dir(examples).unwrap() {
+            let path = entry.unwrap().path();
+            let config = load(&path).unwrap();
+            assert!(config.manager.is_some() || config.storage.is_some(), "{}", path.display());
+            // What an example shows commented out is right too.
+            let text = std::fs::read_to_string(&path).unwrap();
+            let all: Vec<&str> = text
+                .lines()
+                .map(|line| {
+                    line.strip_prefix("# ")
+                        .filter(|l| l.starts_with('[') || l.contains(" = "))
+                        .unwrap_or(line)
+                })
+                .collect();
+            let dir = tempfile::tempdir().unwrap();
+            let uncommented = dir.path().join("all.toml");
+            std::fs::write(&uncommented, all.join("\n")).unwrap();
+            let config = load(&uncommented).unwrap();
+            if config.storage.is_some() {
+                assert_eq!(config.net.devices, ["mlx5_0"]);
+                assert_eq!((config.net.storage.service_level, config.net.storage.traffic_class), (3, 104));
+            }
+            seen += 1;
+        }
+        assert!(seen >= 2);
+    }
+
+    #[test]
+    fn net_is_optional_kept_and_checked() {
+        let base = "cluster_id = \"x\"\nsecret_file = \"s\"\n";
+        let config: NodeConfig = toml::from_str(base).unwrap();
+        assert_eq!(config.net, NetOptions::default());
+        assert!(!toml::to_string(&config).unwrap().contains("net"), "files stay as small as they were");
+        let config: NodeConfig = toml::from_str(&format!("{base}[net]\ntransport = \"rdma\"\n")).unwrap();
+        assert_eq!(config.net.transport, Transport::Rdma);
+        let again: NodeConfig = toml::from_str(&toml::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again.net, config.net);
+        for wrong in ["transport = \"udp\"", "device = [\"mlx5_0\"]", "devices = \"mlx5_0\""] {
+            let error = toml::from_str::<NodeConfig>(&format!("{base}[net]\n{wrong}\n")).unwrap_err();
+            assert!(error.to_string().contains(wrong), "{error}");
+        }
+    }
+}

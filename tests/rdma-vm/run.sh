@@ -238,7 +238,7 @@ run_topology() { # TOPOLOGY NAMES...
             done ;;
         *) die "there is no topology $kind" ;;
     esac
-    local pending=("$@") alive ready
+    local pending=("$@") alive ready failed_at=
     while :; do
         # A scenario asks for a machine's sudden end by a file.
         for node in $nodes; do
@@ -254,8 +254,15 @@ run_topology() { # TOPOLOGY NAMES...
             done
             [ -n "$ready" ] || break
             report "${pending[0]}" "$nodes"
-            pending=("${pending[@]:1}")
+            pending=("${pending[@]:1}") failed_at=
         done
+        # What one of two machines failed at, the other may wait for until its limit.
+        if [ -z "$failed_at" ] && [ ${#pending[@]} -gt 0 ] &&
+            grep -qsvx 0 "$share/out/${pending[0]}".?.rc; then failed_at=$SECONDS; fi
+        if [ -n "$failed_at" ] && [ $((SECONDS - failed_at)) -gt $((10 * slow)) ]; then
+            say "the machines are ended: one of them failed"
+            break
+        fi
         alive=
         for node in $nodes; do if running "$node"; then alive=1; fi; done
         [ -n "$alive" ] || break

@@ -19,6 +19,7 @@ expect hangs FAILED 'longer than its limit of 3 s'
 expect empty FAILED 'no test ran'
 expect left-over ok ''
 expect vanishes FAILED 'reported no result'
+expect half FAILED 'exit code 3 machine 2 reported no result'
 expect two ok '2 tests'
 grep -q 'test it_fails ... FAILED' "$log" || bad "the failed test's name is not shown"
 printf 'rdma-vm: the harness notices failures, hangs, silence and dead machines\n'

@@ -34,20 +34,20 @@ fn cluster_on_rdma(net: &NetOptions) -> Cluster {
     cluster
 }
 
-fn content(rng: &mut ChaCha8Rng, len: usize) -> Vec<u8> {
+pub(crate) fn content(rng: &mut ChaCha8Rng, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     rng.fill(&mut bytes[..]);
     bytes
 }
 
-fn write(path: &Path, bytes: &[u8]) {
+pub(crate) fn write(path: &Path, bytes: &[u8]) {
     let mut file = File::create(path).unwrap();
     file.write_all(bytes).unwrap();
     file.sync_all().unwrap();
 }
 
 #[track_caller]
-fn check(path: &Path, expected: &[u8]) {
+pub(crate) fn check(path: &Path, expected: &[u8]) {
     let mut found = Vec::new();
     File::open(path).unwrap().read_to_end(&mut found).unwrap();
     assert_eq!(found.len(), expected.len(), "length of {}", path.display());

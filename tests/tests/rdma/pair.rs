@@ -1,14 +1,21 @@
 //! Two machines on one wire: `machine_two_serves` runs in the second, the others in the first.
 
+use crate::fs3::{check, content, write};
 use crate::wire::{PACKET_BYTES, Wire};
 use bytes::Bytes;
+use firefly_cli::local::Shape;
 use firefly_net::{
     BufMut, Call, CallError, Client, Fabric, Identity, NetOptions, Reply, Request, Response, Server, Service,
 };
-use firefly_tests::eventually;
+use firefly_tests::{Cluster, eventually};
 use firefly_types::{ClusterId, ClusterSecret, ErrorKind, WireError};
 use futures::future::BoxFuture;
-use std::net::SocketAddr;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -176,4 +183,91 @@ async fn calls_to_a_machine_that_dies_end_with_an_error_and_those_to_others_go_o
     echo(&client, &other_peer, 5).await.unwrap();
     stop.cancel();
     running.await.unwrap();
+}
+
+/// A chain's two copies are on two machines; one loses its power in mid-write.
+#[test]
+#[ignore = "the first of two machines: tests/rdma-vm/run.sh pair-fs3"]
+fn files_outlive_the_machine_that_holds_their_other_copies() {
+    let seed = 0x2fdb;
+    println!("seed {seed:#x}");
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let shape = Shape { port_base: 0, storage_servers: 2, replication: 2, agents: 0 };
+    let mut cluster = Cluster::laid_out(&shape);
+    let here = IpAddr::from([10, 1, 0, 1]);
+    let mut manager = None;
+    for role in cluster.local.roles().unwrap() {
+        cluster.configure(&role, |config| {
+            config.net.devices = vec!["rxe0".to_owned()];
+            // gRPC crosses the wire too: the other machine's server asks the manager.
+            if let Some(section) = &mut config.manager {
+                section.listen.set_ip(here);
+                manager = Some(section.listen.to_string());
+            }
+            let manager = || manager.clone().expect("the manager comes first");
+            if let Some(section) = &mut config.meta {
+                section.listen.set_ip(here);
+                section.manager = manager();
+            }
+            if let Some(section) = &mut config.storage {
+                section.listen.set_ip(here);
+                section.manager = manager();
+                if section.node_id == 4 {
+                    section.listen.set_ip(IpAddr::from([10, 1, 0, 2]));
+                    section.data_dir = "/run/work/storage-4".into();
+                    config.secret_file = sync("secret");
+                }
+            }
+        });
+    }
+    cluster.configure_commands(|description| {
+        description.manager = manager.clone().unwrap();
+        description.net.devices = vec!["rxe0".to_owned()];
+    });
+    // The other machine's script starts what it finds.
+    let state = cluster.local.state();
+    std::fs::copy(state.join("secret"), sync("secret")).unwrap();
+    let moved = state.join("conf/storage-4.toml");
+    std::fs::copy(&moved, sync("storage-4.toml.new")).unwrap();
+    std::fs::rename(sync("storage-4.toml.new"), sync("storage-4.toml")).unwrap();
+    std::fs::remove_file(moved).unwrap();
+    cluster.up();
+    eventually("the other machine serves", || sync("ready").exists());
+
+    let mount = cluster.mount();
+    let mut files = BTreeMap::new();
+    let before = Wire::now();
+    for i in 0..6 {
+        let (name, bytes) = (format!("f{i}"), content(&mut rng, 500_000));
+        write(&mount.join(&name), &bytes);
+        files.insert(name, bytes);
+    }
+    let total: u64 = files.values().map(|f| f.len() as u64).sum();
+    // Each byte goes to the chain's head and from there to the other copy. This machine's device
+    // sees either way: sent, received, or both if it stays on this machine.
+    let after = Wire::now();
+    let packets = after.rdma_packets - before.rdma_packets + after.rdma_received - before.rdma_received;
+    println!("{total} bytes in two copies; {packets} packets of at most {PACKET_BYTES}");
+    assert!(packets * PACKET_BYTES >= 2 * total);
+
+    let piece = content(&mut rng, 400_000);
+    let pieces = 16;
+    let mut file = File::create(mount.join("long")).unwrap();
+    for i in 0..pieces {
+        if i == 4 {
+            // The driver needs a moment, in which writing goes on.
+            std::fs::write(sync("kill-2"), "").unwrap();
+        }
+        if i == pieces - 1 {
+            eventually("the other machine is gone", || sync("killed-2").exists());
+        }
+        file.write_all(&piece).unwrap();
+        file.sync_all().expect("writing goes on with the copy that is left");
+    }
+    files.insert("long".to_owned(), piece.repeat(pieces));
+    let cold = cluster.mount();
+    for (name, bytes) in &files {
+        check(&cold.join(name), bytes);
+    }
+    assert!(!cluster.is_whole());
 }
