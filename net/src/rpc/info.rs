@@ -86,7 +86,7 @@ impl FabricInfo {
         FabricInfo {
             transport: fabric.options().transport,
             rails: fabric.rails().iter().map(|rail| rail.device.name().to_owned()).collect(),
-            why_not_rdma: fabric.why_not().map(str::to_owned),
+            why_not_rdma: fabric.why_not(),
         }
     }
 }

@@ -124,7 +124,7 @@ impl Peer {
         let fabric = &dialer.options.fabric;
         let transport = fabric.options().transport;
         let tcp_lanes = dialer.options.tcp_lanes;
-        let plan = Plan::new(transport, dialer.carriers.rails(), fabric.why_not(), tcp_lanes);
+        let plan = Plan::new(transport, dialer.carriers.rails(), fabric.why_not().as_deref(), tcp_lanes);
         let lanes = (0..plan.most_lanes()).map(|_| Lane::default()).collect();
         Peer {
             address: address.to_owned(),
