@@ -223,21 +223,26 @@ impl Client {
             class: Class::default(),
         };
         tcp::configure(&stream, &link).map_err(unreachable)?;
+        let plan = inner.carriers.plan(want, &stream);
         let Identity { cluster, secret, name } = &inner.identity;
         let terms = Terms::new(*cluster, secret, Purpose::Rpc);
-        let (mut machine, hello) =
-            Initiator::start(terms, name, inner.carriers.hello(want), handshake::nonce());
+        let (mut machine, hello) = Initiator::start(terms, name, plan.hello(), handshake::nonce());
         let shake = async {
             use tokio::io::AsyncWriteExt;
             stream.write_all(&hello).await.map_err(|e| HandshakeError::Ended(e.to_string()))?;
             drive_handshake(&mut stream, &mut machine, Initiator::wants, Initiator::feed).await?;
-            inner.carriers.dial(want, stream, link).await
+            plan.dial(stream, link).await
         };
         let dialled = tokio::time::timeout(inner.options.handshake_time, shake)
             .await
             .unwrap_or(Err(HandshakeError::TimedOut));
         let link = match dialled {
-            Ok(link) => link,
+            Ok(made) => {
+                if let Some(why) = made.why_tcp {
+                    tracing::debug!(%peer, %why, "reached by TCP");
+                }
+                made.link
+            }
             // A server that goes away meanwhile is no stranger; ask again later.
             Err(HandshakeError::Ended(reason)) => {
                 return Err(unreachable(std::io::Error::new(std::io::ErrorKind::ConnectionReset, reason)));

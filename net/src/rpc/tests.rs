@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 /// Generous: a test that waits for it has failed.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
 /// For calls whose answer is withheld: they time out whatever the machine's load.
-const SHORT: Duration = Duration::from_millis(50);
+pub(crate) const SHORT: Duration = Duration::from_millis(50);
 
 pub(crate) fn identity(secret: u8) -> Identity {
     let secret = ClusterSecret::from_bytes([secret; 32]);
@@ -24,8 +24,8 @@ pub(crate) fn identity(secret: u8) -> Identity {
 }
 
 pub(crate) const ECHO: u16 = 1;
-const FILL: u16 = 2;
-const GATED: u16 = 3;
+pub(crate) const FILL: u16 = 2;
+pub(crate) const GATED: u16 = 3;
 const PANIC: u16 = 4;
 const FAIL: u16 = 5;
 pub(crate) const HUGE_HEAD: u16 = 6;
@@ -34,7 +34,7 @@ pub(crate) const HUGE_HEAD: u16 = 6;
 pub(crate) struct TestService {
     pub(crate) pool: BufPool,
     /// Each GATED call waits for a permit.
-    gate: Semaphore,
+    pub(crate) gate: Semaphore,
     pub(crate) entered: Semaphore,
     running: AtomicUsize,
     most: AtomicUsize,
@@ -51,6 +51,11 @@ impl TestService {
         })
     }
 
+    /// Handlers at work now.
+    pub(crate) fn running(&self) -> usize {
+        self.running.load(Ordering::SeqCst)
+    }
+
     async fn answer(&self, request: Request) -> Result<Reply, WireError> {
         let running = self.running.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(running, Ordering::SeqCst);
@@ -60,7 +65,7 @@ impl TestService {
     }
 
     async fn method(&self, request: Request) -> Result<Reply, WireError> {
-        assert!(request.peer.starts_with("tester (127.0.0.1:"), "{}", request.peer);
+        assert!(request.peer.starts_with("tester ("), "{}", request.peer);
         match request.method {
             ECHO => Ok(Reply { head: request.head, data: request.payload.map(Into::into) }),
             FILL | GATED => {
@@ -99,7 +104,7 @@ pub(crate) struct Running {
     pub(crate) peer: String,
     pub(crate) stats: ServerStats,
     pub(crate) pool: BufPool,
-    stop: CancellationToken,
+    pub(crate) stop: CancellationToken,
     task: JoinHandle<()>,
 }
 
