@@ -121,7 +121,7 @@ pub enum HandshakeError {
     #[error("the server is at its limit of connections; try again later")]
     Full,
     /// Only RDMA may be used, and this device does not reach the other side.
-    #[error("RDMA was asked for, but not possible (device {device}): {reason}")]
+    #[error("RDMA was asked for and does not work (device {device}): {reason}")]
     Rail {
         /// This side's device.
         device: String,
@@ -200,6 +200,17 @@ pub enum LinkError {
 }
 
 impl LinkError {
+    /// Whether it points at this side's device or the path from it rather than at the peer's
+    /// process: another way to the peer may do better.
+    pub fn is_of_the_device(&self) -> bool {
+        match self {
+            LinkError::Device { .. } => true,
+            LinkError::Work { error, .. } => error.is_of_the_path(),
+            LinkError::Over(reason) => reason.is_of_the_device(),
+            _ => false,
+        }
+    }
+
     /// The small public kind.
     pub fn kind(&self) -> ErrorKind {
         match self {

@@ -19,7 +19,7 @@ use crate::link::{LinkOptions, tcp, verbs};
 use crate::verbs::negotiate::{End, Frame, PREFIX, Place};
 use crate::verbs::port::same_network;
 use crate::verbs::{Port, Rail};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -30,6 +30,8 @@ const OFFER_RDMA: u8 = 2;
 /// Answers of the server.
 const USE_TCP: u8 = 0;
 const NEGOTIATE: u8 = 2;
+
+const LOOPBACK: &str = "the peer is on this machine's loopback address";
 
 /// What a lane to a peer shall use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,13 +81,23 @@ impl Carriers {
         Carriers { fabric: fabric.clone() }
     }
 
-    /// Rails that a lane may want, those that are down included.
-    pub(super) fn rails(&self) -> usize {
-        self.fabric.rails().len()
+    /// Rails that lanes to a server at `address` ("ip:port") may want, those that are down
+    /// included, or why there are none.
+    pub(super) fn rails_to(&self, address: &str) -> (usize, Option<String>) {
+        let ip = address.parse::<SocketAddr>().map(|a| a.ip());
+        match self.fabric.rails().len() {
+            0 => (0, self.fabric.why_not()),
+            _ if ip.is_ok_and(|ip| self.stays_on_tcp(ip)) => (0, Some(LOOPBACK.into())),
+            rails => (rails, None),
+        }
+    }
+
+    fn stays_on_tcp(&self, ip: IpAddr) -> bool {
+        ip.to_canonical().is_loopback() && self.fabric.options().transport != Transport::Rdma
     }
 
     /// Why `rail` cannot be used now, if it cannot.
-    pub(super) fn why_down(&self, rail: usize) -> Option<String> {
+    fn why_down(&self, rail: usize) -> Option<String> {
         match self.fabric.rails().get(rail) {
             Some(rail) => rail.port().err().map(|why| format!("{}: {why}", rail.device.name())),
             None => Some(self.fabric.why_not().unwrap_or_else(|| "there is no such rail".into())),
@@ -93,13 +105,12 @@ impl Carriers {
     }
 
     /// Why a peer at `ip` is reached by TCP whatever its lanes want, if it is.
-    pub(super) fn why_tcp(&self, ip: IpAddr) -> Option<String> {
+    fn why_tcp(&self, ip: IpAddr) -> Option<String> {
         if let Some(error) = self.fabric.invalid() {
             return Some(error.to_string());
         }
-        let asked_for = self.fabric.options().transport == Transport::Rdma;
-        if ip.to_canonical().is_loopback() && !asked_for {
-            return Some("the peer is on this machine's loopback address".into());
+        if self.stays_on_tcp(ip) {
+            return Some(LOOPBACK.into());
         }
         self.fabric.why_not()
     }
@@ -170,7 +181,7 @@ impl Carriers {
             Frame::Refuse(why) => return Ok(Err(why)),
             other => return Err(malformed(other.unexpected("Connect"))),
         };
-        if let Err(e) = draft.connect(&peer) {
+        if let Err(e) = draft.connect(&peer).await {
             return refuse(stream, e.to_string()).await;
         }
         write_frame(stream, &Frame::Ready).await?;
@@ -272,7 +283,7 @@ async fn dial_rail(
         Frame::Refuse(why) => return Ok(Err(why)),
         other => return Err(malformed(other.unexpected("Accept"))),
     };
-    let (draft, end) = match make(rail, &port, place, options, &peer) {
+    let (draft, end) = match make(rail, &port, place, options, &peer).await {
         Ok(made) => made,
         Err(e) => return refuse(stream, e.to_string()).await,
     };
@@ -290,7 +301,7 @@ async fn dial_rail(
     Ok(Ok(draft))
 }
 
-fn make(
+async fn make(
     rail: &Arc<Rail>,
     port: &Port,
     place: Place,
@@ -298,7 +309,7 @@ fn make(
     peer: &End,
 ) -> Result<(Draft, End), LinkError> {
     let draft = Draft::new(rail, port, place, options)?;
-    draft.connect(peer)?;
+    draft.connect(peer).await?;
     let end = draft.end().ok_or(LinkError::Closed)?;
     Ok((draft, end))
 }

@@ -58,6 +58,17 @@ async fn echo(client: &Client, peer: &str, len: usize) -> Result<(), CallError> 
     Ok(())
 }
 
+/// Calls until all lanes to `peer` are on RDMA (again): a rail that failed rests for some seconds.
+async fn back_on_rdma(client: &Client, peer: &str) {
+    let back = async {
+        while client.transport(peer) != Some("rdma") {
+            let _ = echo(client, peer, 100_000).await;
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(LONG, back).await.expect("RDMA is used again");
+}
+
 fn queue_pairs(fabric: &Fabric) -> u64 {
     fabric.rails()[0].device.counters.queue_pairs.load(Ordering::Relaxed)
 }
@@ -90,7 +101,7 @@ async fn rdma_is_used_where_both_sides_have_it() {
     let CallError::Refused { reason: HandshakeError::Rail { device, reason }, .. } = &error else {
         panic!("{error}")
     };
-    assert!(*device == a && reason.contains("TCP was asked for"), "{error}");
+    assert!(device == "any" && reason.contains("TCP was asked for"), "{error}");
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     for server in [with, without, absent, near] {
         server.stop().await;
@@ -115,10 +126,13 @@ async fn a_path_that_carries_no_probe_ends_in_tcp_or_in_the_reason() {
         assert_eq!(auto.transport(&server.peer), Some("tcp"));
         let error = refused.unwrap_err().to_string();
         println!("{error}");
-        assert!(error.contains("rxe0 does not reach the server's rxe1"), "{error}");
-        // The control: nothing but the path was in the way.
-        echo(&must, &server.peer, 100_000).await.unwrap();
-        assert_eq!(must.transport(&server.peer), Some("rdma"));
+        // Depending on what the kernel remembers of the neighbour, the probe is lost, or already the
+        // question for its hardware address.
+        let reasons = ["rxe0 does not reach the server's rxe1", "connecting (to ready-to-receive) failed"];
+        assert!(reasons.iter().any(|reason| error.contains(reason)), "{error}");
+        // The control: nothing but the path was in the way. The rail rests for a while first.
+        back_on_rdma(&must, &server.peer).await;
+        back_on_rdma(&auto, &server.peer).await;
     }
     server.stop().await;
 }
@@ -161,10 +175,8 @@ async fn a_port_that_goes_down_is_left_and_used_again_when_it_is_up() {
             && theirs.rails()[0].refresh().is_ok_and(|p| p.gid.address().is_ipv4())
     })
     .await;
-    service.gate.add_permits(1);
-    client.disconnect(&server.peer);
-    echo(&client, &server.peer, 100_000).await.unwrap();
-    assert_eq!(client.transport(&server.peer), Some("rdma"));
+    service.gate().add_permits(1);
+    back_on_rdma(&client, &server.peer).await;
     server.stop().await;
 }
 
@@ -190,7 +202,7 @@ async fn a_late_write_lands_in_memory_that_nobody_else_was_given() {
     assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
     assert_eq!(client.quarantined_bytes(), 8192);
     assert!(client.pool().try_alloc(1).is_none(), "the memory is not handed out again");
-    service.gate.add_permits(1);
+    service.gate().add_permits(1);
     until("the late answer frees the buffer", || client.quarantined_bytes() == 0).await;
     let again = client.pool().alloc(8192).await;
     // The control: the late WRITE did land in this very memory. Had the pool handed it out after
@@ -206,7 +218,7 @@ async fn a_late_write_lands_in_memory_that_nobody_else_was_given() {
     client.disconnect(&server.peer);
     let mut mine = tokio::time::timeout(LONG, client.pool().alloc(8192)).await.unwrap();
     mine.fill(0x11);
-    service.gate.add_permits(1);
+    service.gate().add_permits(1);
     // The answer has nowhere to go; a whole call over a new queue pair later, nothing was touched.
     until("the late handler is done", || service.running() == 0).await;
     client.call(&server.peer, call(ECHO, b"after")).await.unwrap();
@@ -443,6 +455,6 @@ async fn rdma_that_was_asked_for_and_is_not_there_is_an_error() {
     let must = client(Fabric::open(options).unwrap());
     let error = must.call(&server.peer, call(ECHO, b"")).await.unwrap_err();
     println!("{error}");
-    assert!(error.to_string().contains("RDMA was asked for, but not possible"), "{error}");
+    assert!(error.to_string().contains("RDMA was asked for and does not work"), "{error}");
     server.stop().await;
 }

@@ -34,8 +34,10 @@ pub(crate) const HUGE_HEAD: u16 = 6;
 pub(crate) struct TestService {
     pub(crate) pool: BufPool,
     /// Each GATED call waits for a permit.
-    pub(crate) gate: Semaphore,
+    gate: Semaphore,
     pub(crate) entered: Semaphore,
+    /// How often each head was echoed.
+    pub(crate) seen: Mutex<HashMap<Bytes, usize>>,
     running: AtomicUsize,
     most: AtomicUsize,
 }
@@ -46,9 +48,14 @@ impl TestService {
             pool: BufPool::new(64 << 20),
             gate: Semaphore::new(0),
             entered: Semaphore::new(0),
+            seen: Mutex::default(),
             running: AtomicUsize::new(0),
             most: AtomicUsize::new(0),
         })
+    }
+
+    pub(crate) fn gate(&self) -> &Semaphore {
+        &self.gate
     }
 
     /// Handlers at work now.
@@ -67,7 +74,10 @@ impl TestService {
     async fn method(&self, request: Request) -> Result<Reply, WireError> {
         assert!(request.peer.starts_with("tester ("), "{}", request.peer);
         match request.method {
-            ECHO => Ok(Reply { head: request.head, data: request.payload.map(Into::into) }),
+            ECHO => {
+                *self.seen.lock().unwrap().entry(request.head.clone()).or_default() += 1;
+                Ok(Reply { head: request.head, data: request.payload.map(Into::into) })
+            }
             FILL | GATED => {
                 if request.method == GATED {
                     self.entered.add_permits(1);
@@ -168,7 +178,7 @@ async fn heads_and_payloads_of_all_sizes_come_back() {
             assert!(*data == *send, "head {head}, payload {len}");
         }
     }
-    assert_eq!(client.stats().connections, 1);
+    assert_eq!(client.stats().connections, 2, "one for small calls, one for bulk");
     let (ours, theirs) = (client.stats(), server.stats.get());
     assert_eq!((ours.bytes_sent, ours.bytes_received), (theirs.bytes_received, theirs.bytes_sent));
     assert_eq!(ours.calls, theirs.calls);
@@ -218,7 +228,7 @@ async fn limits_refuse_the_call_and_keep_the_connection() {
     let error = client.call(&server.peer, call(ECHO, &vec![0; MAX_HEAD + 1])).await.unwrap_err();
     assert!(matches!(error, CallError::TooLarge { what: "head", .. }), "{error}");
     assert!(client.call(&server.peer, call(ECHO, b"x")).await.is_ok());
-    assert_eq!(client.stats().connections, 1);
+    assert_eq!(client.stats().connections, 2, "one for small calls, one for bulk");
 }
 
 #[tokio::test]
@@ -473,7 +483,7 @@ async fn random_traffic_keeps_every_byte() {
     let seen = outcomes.lock().unwrap().clone();
     assert!(seen["ok"] > 100 && seen["too large"] > 10, "{seen:?}");
     until("all memory comes back", || client.pool().in_use() == 0).await;
-    assert_eq!(client.stats().connections, 1);
+    assert_eq!(client.stats().connections, 3, "no connection was lost: one for small calls, two for bulk");
 }
 
 /// RPC as it is written, over any carrier. Returns the number of steps that held.
@@ -485,10 +495,10 @@ pub(crate) async fn rpc_contract(
     let (stop, theirs) = (CancellationToken::new(), service.clone());
     let serving = tokio::spawn({
         let stop = stop.clone();
-        async move { server::serve_link(theirs, identity(1), server, "tester (127.0.0.1:0)", stop).await }
+        async move { server::serve_link(theirs, identity(1), server, "127.0.0.1:0", stop).await }
     });
-    let connection = connection::Connection::start(ct, cr);
-    let ask = async |call: Call| connection.call(call).await.ok().expect("the link lives");
+    let connection = connection::Connection::start(ct, cr, Arc::default());
+    let ask = async |call: Call| connection.call(call).await;
     let mut steps = 0;
 
     // Payloads pulled and pushed, heads longer than a SEND.

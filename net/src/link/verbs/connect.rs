@@ -113,18 +113,26 @@ impl Draft {
         Some(End { place, address, receives: RECEIVES as u32, bytes: SLOT as u64, region: (0, 0) })
     }
 
-    /// Connects to the peer's queue pair.
-    pub(crate) fn connect(&self, peer: &End) -> Result<(), LinkError> {
-        let mut state = self.shared.lock();
+    /// Connects to the peer's queue pair. The kernel asks for the hardware address of the peer's
+    /// (or the router's) port on the way and waits for seconds if nobody answers, hence a thread of
+    /// its own.
+    pub(crate) async fn connect(&self, peer: &End) -> Result<(), LinkError> {
         if peer.bytes < SLOT as u64 {
             let what = format!("receives of {} bytes; this side sends up to {SLOT}", peer.bytes);
             return Err(LinkError::Protocol(what));
         }
-        state.credits = Credits::new(RECEIVES as u32, peer.receives);
-        match &state.queue {
-            Some(queue) => queue.connect(&peer.address),
-            None => Err(LinkError::Closed),
-        }
+        let (shared, peer) = (self.shared.clone(), peer.clone());
+        let connecting = tokio::task::spawn_blocking(move || {
+            let mut state = shared.lock();
+            state.credits = Credits::new(RECEIVES as u32, peer.receives);
+            match &state.queue {
+                Some(queue) => queue.connect(&peer.address),
+                None => Err(LinkError::Closed),
+            }
+        });
+        connecting
+            .await
+            .unwrap_or_else(|e| Err(LinkError::Protocol(format!("connecting was cut short: {e}"))))
     }
 
     /// Sends `probe` to the peer.

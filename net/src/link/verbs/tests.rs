@@ -25,8 +25,8 @@ async fn pair_with(
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (server, _) = listener.accept().await.unwrap();
     let (a, b) = (draft(&a, &ours), draft(&b, &theirs));
-    a.connect(&b.end().unwrap()).unwrap();
-    b.connect(&a.end().unwrap()).unwrap();
+    a.connect(&b.end().unwrap()).await.unwrap();
+    b.connect(&a.end().unwrap()).await.unwrap();
     tokio::select! {
         probed = a.probe() => probed.unwrap(),
         e = b.answer_probes() => panic!("{e}"),
