@@ -3,7 +3,7 @@
 use super::carrier::Carriers;
 use super::connection::Ended;
 use super::frame::{MAX_HEAD, MAX_PAYLOAD};
-use super::info::{FabricInfo, INFO_METHOD, NetInfo, PeerInfo};
+use super::info::{INFO_METHOD, NetInfo, PeerInfo};
 use super::lanes::Class;
 use super::peer::{Dialer, Peer};
 use super::{Call, HANDSHAKE_TIME, Identity, NetStats, Response, STALL_TIME};
@@ -142,8 +142,8 @@ impl Client {
     }
 
     /// What this process has to reach its peers by.
-    pub fn fabric_info(&self) -> FabricInfo {
-        FabricInfo::of(&self.inner.dialer.options.fabric)
+    pub fn fabric_report(&self) -> crate::FabricReport {
+        self.inner.dialer.options.fabric.report()
     }
 
     /// Asks the server at `peer` about its network, whatever its service is.

@@ -247,7 +247,7 @@ impl Connection {
     }
 
     fn fail(&self, error: &LinkError) {
-        if matches!(error, LinkError::Device { .. }) && self.is_live() {
+        if error.is_of_the_device() && self.is_live() {
             self.device_failed.store(true, Ordering::Relaxed);
         }
         self.end(error.to_string());

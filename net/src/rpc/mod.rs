@@ -12,7 +12,7 @@ mod server;
 
 pub use client::{Client, ClientOptions};
 pub use frame::{MAX_HEAD, MAX_PAYLOAD};
-pub use info::{ConnectionInfo, FabricInfo, NetInfo, PeerInfo};
+pub use info::{ConnectionInfo, NetInfo, PeerInfo};
 pub use server::{Server, ServerOptions, ServerStats};
 
 use crate::buf::{Buf, BufMut};

@@ -244,8 +244,8 @@ async fn serve(
     };
     let shake = async {
         let agreed = drive_handshake(&mut stream, &mut machine, Responder::wants, Responder::feed).await?;
-        let link = shared.carriers.answer(&agreed.hello, stream, link).await?;
-        Ok((agreed.name, link))
+        let made = shared.carriers.answer(&agreed.hello, stream, link).await?;
+        Ok((agreed.name, made.link))
     };
     let shaken = tokio::select! {
         shaken = tokio::time::timeout(handshake_time, shake) => shaken,
