@@ -497,7 +497,8 @@ pub(crate) async fn rpc_contract(
         let stop = stop.clone();
         async move { server::serve_link(theirs, identity(1), server, "127.0.0.1:0", stop).await }
     });
-    let connection = connection::Connection::start(ct, cr, Arc::default());
+    let connection =
+        connection::Connection::start(ct, cr, Arc::default(), Some(incast::Incast::new(64 << 20)));
     let ask = async |call: Call| connection.call(call).await;
     let mut steps = 0;
 

@@ -103,6 +103,7 @@ async fn a_cancelled_pull_leaves_its_buffer_with_the_link() {
         head_len: 0,
         payload_len: payload.len() as u32,
         aux: 0,
+        ask: false,
     };
     let message =
         Outgoing { header, head: Bytes::new(), payload: Some(payload.clone()), window: None, permit: None };
@@ -128,8 +129,15 @@ async fn a_window_that_is_not_the_peers_is_refused_by_the_device() {
     let (_st, mut sr) = server;
     let pool = BufPool::new(1 << 20);
     let payload = pool.try_alloc(4096).unwrap().freeze();
-    let header =
-        Header { kind: FrameKind::Request, call: 1, method: 1, head_len: 0, payload_len: 4096, aux: 0 };
+    let header = Header {
+        kind: FrameKind::Request,
+        call: 1,
+        method: 1,
+        head_len: 0,
+        payload_len: 4096,
+        aux: 0,
+        ask: false,
+    };
     let message = Outgoing { header, head: Bytes::new(), payload: Some(payload), window: None, permit: None };
     ct.send(&mut VecDeque::from([message])).await.unwrap();
     let mut got = sr.recv().await.unwrap();
