@@ -3,8 +3,8 @@
 
 use bytes::Bytes;
 use firefly_net::{
-    Buf, BufPool, Call, Channel, ChannelListener, Client, Completion, HEADER_BYTES, Identity, Reply, Request,
-    Server, Service, connect_channel,
+    Buf, BufPool, Call, Channel, ChannelListener, ChannelOptions, Client, Completion, Fabric, HEADER_BYTES,
+    Identity, Reply, Request, Server, Service, connect_channel,
 };
 use firefly_types::{ClusterId, ClusterSecret, WireError};
 use futures::future::BoxFuture;
@@ -142,12 +142,18 @@ fn rpc() -> (f64, f64, f64) {
 
 /// Waits as a progress thread would and moves what can move.
 fn drive(channel: &mut dyn Channel, done: &mut Vec<Completion>) {
-    let (fd, writable) = channel.poll_fd();
-    let events = libc::POLLIN | if writable { libc::POLLOUT } else { 0 };
-    let mut one = libc::pollfd { fd, events, revents: 0 };
-    // SAFETY: one valid entry.
-    unsafe { libc::poll(&mut one, 1, 1000) };
-    channel.progress(done).unwrap();
+    let before = done.len();
+    while channel.progress(done).unwrap() {}
+    if done.len() > before || channel.peek().unwrap().is_some() {
+        return;
+    }
+    let mut fds = Vec::new();
+    channel.poll_fds(&mut fds);
+    let events = |writable| libc::POLLIN | if writable { libc::POLLOUT } else { 0 };
+    let mut fds: Vec<_> =
+        fds.into_iter().map(|(fd, w)| libc::pollfd { fd, events: events(w), revents: 0 }).collect();
+    // SAFETY: a live array of its length.
+    unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, 1000) };
 }
 
 fn send(channel: &mut dyn Channel, memory: &[u8]) {
@@ -179,11 +185,13 @@ fn receive(channel: &mut dyn Channel, memory: &mut [u8]) {
 
 fn channel() -> (f64, f64) {
     let secret = ClusterSecret::from_bytes([1; 32]);
+    let options = ChannelOptions { fabric: Fabric::tcp(), sockets: 1 };
     let listener = ChannelListener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let (addr, theirs) = (listener.local_addr(), secret.clone());
+    let accepting = options.clone();
     let soon = || Instant::now() + Duration::from_secs(10);
     let server = std::thread::spawn(move || {
-        let (mut c, _) = listener.accept(&theirs, soon()).unwrap();
+        let (mut c, _) = listener.accept(&theirs, soon(), &accepting).unwrap();
         let mut small = [0; 64];
         for _ in 0..ROUNDS * PINGS {
             receive(&mut *c, &mut small);
@@ -197,7 +205,7 @@ fn channel() -> (f64, f64) {
             }
         }
     });
-    let mut c = connect_channel(addr, &secret, [0; 32], soon()).unwrap();
+    let mut c = connect_channel(addr, &secret, [0; 32], soon(), &options).unwrap();
     let mut small = [0; 64];
     let ping = median(|| {
         let start = Instant::now();
