@@ -71,7 +71,8 @@ sim: setup-build ## More simulation: make sim SEEDS=20000 FROM=7000
 	FIREFLY_SIM_SEEDS=$(SEEDS) FIREFLY_SIM_FROM=$(FROM) cargo test --release -p firefly-sim -- --nocapture
 
 .PHONY: rdma
-rdma: ## net's transport over real verbs, in a virtual machine with Soft-RoCE
+rdma: setup-run ## fs3 and collectives over real verbs, in virtual machines with Soft-RoCE
+	tests/rdma-vm/selftest.sh
 	tests/rdma-vm/run.sh
 
 .PHONY: test-all

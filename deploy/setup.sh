@@ -6,7 +6,8 @@
 #   deploy/setup.sh run      what a mount needs                                (seconds)
 #   deploy/setup.sh torch    .venv with the current torch        (3 GB to fetch, 2-5 minutes, once)
 #   deploy/setup.sh test     tools that tests use (git, python3, ...)          (seconds)
-#   deploy/setup.sh bench    fio                                               (seconds)
+#   deploy/setup.sh bench    fio, iperf3                                       (seconds)
+#   deploy/setup.sh rdma     what the virtual machines of tests/rdma-vm need   (half a minute)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,7 +30,7 @@ install_missing() {
     say "installing system packages: ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq
-    apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    apt-get install -y -qq -o DPkg::Lock::Timeout=300 --no-install-recommends "${missing[@]}" >/dev/null
     missing=()
 }
 
@@ -63,6 +64,22 @@ for part in "$@"; do
             ;;
         bench)
             need fio fio
+            need iperf3 iperf3
+            install_missing
+            ;;
+        rdma)
+            need qemu-system-x86_64 qemu-system-x86
+            # The commands of these exist in other packages too.
+            need /usr/share/doc/busybox-static busybox-static
+            need /etc/libibverbs.d/rxe.driver ibverbs-providers
+            need /usr/include/infiniband/verbs.h libibverbs-dev
+            need /usr/include/stdio.h libc6-dev
+            need ibv_devices ibverbs-utils
+            need cc gcc
+            need cpio cpio
+            need depmod kmod
+            need rdma iproute2
+            need xz xz-utils
             install_missing
             ;;
         torch)

@@ -129,3 +129,21 @@ fn up_again_brings_back_what_was_ended_and_down_ends_all() {
     }
     assert!(cluster.ff(&["down"]).ok().contains("nothing was running"));
 }
+
+/// libibverbs is looked up at run time, so that one binary starts on machines with and without it.
+#[test]
+fn no_binary_is_linked_against_the_rdma_libraries() {
+    let library = ff().with_file_name("libffreduce.so");
+    assert!(library.exists(), "{} is not built: run `cargo build --workspace`", library.display());
+    for file in [ff(), library] {
+        let mut command = Command::new("readelf");
+        command.arg("--dynamic").arg("--wide").arg(&file);
+        let table = ran(command).ok();
+        let needed: Vec<&str> = table.lines().filter(|line| line.contains("(NEEDED)")).collect();
+        // The control: what is linked shows.
+        assert!(needed.iter().any(|line| line.contains("libc.so.6")), "{table}");
+        for line in needed {
+            assert!(!line.contains("ibverbs") && !line.contains("rdmacm"), "{}: {line}", file.display());
+        }
+    }
+}
