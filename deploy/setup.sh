@@ -6,7 +6,7 @@
 #   deploy/setup.sh run      what a mount needs                                (seconds)
 #   deploy/setup.sh torch    .venv with the current torch        (3 GB to fetch, 2-5 minutes, once)
 #   deploy/setup.sh test     tools that tests use (git, python3, ...)          (seconds)
-#   deploy/setup.sh bench    fio                                               (seconds)
+#   deploy/setup.sh bench    fio, iperf3                                       (seconds)
 #   deploy/setup.sh rdma     what the virtual machines of tests/rdma-vm need   (half a minute)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -64,6 +64,7 @@ for part in "$@"; do
             ;;
         bench)
             need fio fio
+            need iperf3 iperf3
             install_missing
             ;;
         rdma)

@@ -43,19 +43,33 @@ pub(crate) struct Counters {
     pub(crate) received: AtomicU64,
     /// Payload bytes moved from one place in user space to another.
     pub(crate) copied: AtomicU64,
+    /// What these are part of: a connection's of its client's or server's.
+    whole: Option<Arc<Counters>>,
 }
 
 impl Counters {
+    /// Counters that count to `whole` as well.
+    pub(crate) fn part_of(whole: &Arc<Counters>) -> Arc<Counters> {
+        Arc::new(Counters { whole: Some(whole.clone()), ..Counters::default() })
+    }
+
+    fn add(&self, n: usize, which: fn(&Counters) -> &AtomicU64) {
+        which(self).fetch_add(n as u64, Ordering::Relaxed);
+        if let Some(whole) = &self.whole {
+            which(whole).fetch_add(n as u64, Ordering::Relaxed);
+        }
+    }
+
     pub(crate) fn add_sent(&self, n: usize) {
-        self.sent.fetch_add(n as u64, Ordering::Relaxed);
+        self.add(n, |c| &c.sent);
     }
 
     pub(crate) fn add_received(&self, n: usize) {
-        self.received.fetch_add(n as u64, Ordering::Relaxed);
+        self.add(n, |c| &c.received);
     }
 
     pub(crate) fn add_copied(&self, n: usize) {
-        self.copied.fetch_add(n as u64, Ordering::Relaxed);
+        self.add(n, |c| &c.copied);
     }
 }
 
@@ -129,7 +143,6 @@ pub(crate) struct Incoming {
     /// Request: where the caller wants the reply's payload; goes into the reply's [`Outgoing::window`].
     pub(crate) window: Option<Window>,
     /// What `head` counts for while its message is acted on.
-    #[expect(dead_code, reason = "the seam comes before its users")]
     pub(crate) room: HeadRoom,
 }
 
@@ -142,14 +155,12 @@ pub(crate) trait LinkTx: Send + 'static {
     fn register(&self) -> Arc<dyn Register>;
 
     /// The device, on a carrier that has one.
-    #[expect(dead_code, reason = "the seam comes before its users")]
     fn device(&self) -> Option<String> {
         None
     }
 
     /// Sends of `batch` what can go without waiting. What is left, the beginning of its first
     /// message possibly excepted, waits for `send`.
-    #[expect(dead_code, reason = "the seam comes before its users")]
     fn try_send(&mut self, _batch: &mut VecDeque<Outgoing>) -> Result<(), LinkError> {
         Ok(())
     }
@@ -164,7 +175,6 @@ pub(crate) trait LinkTx: Send + 'static {
 pub(crate) trait LinkRx: Send + 'static {
     /// Whether the next message has at least begun to arrive in this process, so that answers may
     /// wait for its own and travel together.
-    #[expect(dead_code, reason = "the seam comes before its users")]
     fn is_ahead(&self) -> bool {
         false
     }

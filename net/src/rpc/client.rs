@@ -1,23 +1,27 @@
-//! The calling side: one connection per server, made when needed and again when lost.
+//! The calling side: a few connections to each server, made when needed and again when lost.
 
-use super::carrier::{Carriers, Link, Want};
-use super::connection::{Connection, NotSent};
+use super::carrier::Carriers;
+use super::connection::Ended;
 use super::frame::{MAX_HEAD, MAX_PAYLOAD};
-use super::{Call, HANDSHAKE_TIME, Identity, NetStats, Response, STALL_TIME, drive_handshake};
+use super::info::{FabricInfo, INFO_METHOD, NetInfo, PeerInfo};
+use super::lanes::Class;
+use super::peer::{Dialer, Peer};
+use super::{Call, HANDSHAKE_TIME, Identity, NetStats, Response, STALL_TIME};
 use crate::buf::{BufPool, Heads};
-use crate::error::{CallError, HandshakeError};
-use crate::fabric::{Class, Fabric};
-use crate::handshake::{self, Initiator, Purpose, Terms};
-use crate::link::{Counters, LinkOptions, tcp};
-use firefly_types::lock;
+use crate::error::CallError;
+use crate::fabric::{Fabric, Traffic};
+use bytes::Bytes;
+use firefly_types::{ErrorKind, WireError, lock};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::net::TcpStream;
 
-/// Addresses remembered; ended connections beyond it are forgotten.
+/// Addresses remembered; those without a live connection are forgotten beyond it.
 const MAX_PEERS: usize = 1024;
+/// A call that moves no more is small: metadata, and reads of a page. It may wait for some of its
+/// kind, never for a chunk.
+const SMALL: usize = 16 << 10;
 
 /// What a client can be told.
 #[derive(Clone, Debug)]
@@ -32,6 +36,11 @@ pub struct ClientOptions {
     /// A server that moves no byte of a message that has begun for so long is given up. Default
     /// 15 s.
     pub stall_time: Duration,
+    /// Connections for bulk to a server that is reached by TCP, beside the one for small calls; made
+    /// as calls need them. Default 2: see `docs/benchmarks.md`. With RDMA there is one for each rail.
+    pub tcp_lanes: usize,
+    /// What the calls are for, which decides how their packets are marked. Default control.
+    pub traffic: Traffic,
     /// How peers are reached. Default: the process's.
     pub fabric: Fabric,
 }
@@ -43,28 +52,18 @@ impl Default for ClientOptions {
             connect_time: Duration::from_secs(5),
             handshake_time: HANDSHAKE_TIME,
             stall_time: STALL_TIME,
+            tcp_lanes: 2,
+            traffic: Traffic::Control,
             fabric: Fabric::shared(),
         }
     }
 }
 
-#[derive(Default)]
-struct Slot {
-    current: Mutex<Option<Arc<Connection>>>,
-    /// Held while connecting, so that callers wait for one attempt instead of each making one.
-    connecting: tokio::sync::Mutex<()>,
-}
-
 struct Inner {
-    carriers: Carriers,
-    identity: Identity,
-    options: ClientOptions,
+    dialer: Arc<Dialer>,
     pool: BufPool,
-    slots: Mutex<HashMap<String, Arc<Slot>>>,
-    counters: Arc<Counters>,
+    peers: Mutex<HashMap<String, Arc<Peer>>>,
     calls: AtomicU64,
-    connections: AtomicU64,
-    refused: AtomicU64,
 }
 
 /// Makes calls to any server of the cluster. Cloning shares connections and pool.
@@ -87,20 +86,17 @@ impl Client {
 
     /// A client that takes payload memory from `pool`.
     pub fn with_pool(identity: Identity, options: ClientOptions, pool: BufPool) -> Client {
-        let carriers = Carriers::of(&options.fabric);
-        Client {
-            inner: Arc::new(Inner {
-                carriers,
-                identity,
-                options,
-                pool,
-                slots: Mutex::default(),
-                counters: Arc::default(),
-                calls: AtomicU64::new(0),
-                connections: AtomicU64::new(0),
-                refused: AtomicU64::new(0),
-            }),
-        }
+        let dialer = Dialer {
+            carriers: Carriers::of(&options.fabric),
+            identity,
+            options,
+            heads: Heads::default(),
+            counters: Arc::default(),
+            connections: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+        };
+        let (peers, calls) = (Mutex::default(), AtomicU64::new(0));
+        Client { inner: Arc::new(Inner { dialer: Arc::new(dialer), pool, peers, calls }) }
     }
 
     /// Memory for payloads of calls.
@@ -110,39 +106,74 @@ impl Client {
 
     /// Counters since the start.
     pub fn stats(&self) -> NetStats {
-        let inner = &self.inner;
+        let (inner, dialer) = (&self.inner, &self.inner.dialer);
         NetStats {
-            bytes_sent: inner.counters.sent.load(Ordering::Relaxed),
-            bytes_received: inner.counters.received.load(Ordering::Relaxed),
+            bytes_sent: dialer.counters.sent.load(Ordering::Relaxed),
+            bytes_received: dialer.counters.received.load(Ordering::Relaxed),
+            bytes_copied: dialer.counters.copied.load(Ordering::Relaxed),
             calls: inner.calls.load(Ordering::Relaxed),
-            connections: inner.connections.load(Ordering::Relaxed),
-            refused: inner.refused.load(Ordering::Relaxed),
+            connections: dialer.connections.load(Ordering::Relaxed),
+            refused: dialer.refused.load(Ordering::Relaxed),
         }
+    }
+
+    fn known(&self) -> Vec<Arc<Peer>> {
+        lock(&self.inner.peers).values().cloned().collect()
     }
 
     /// Receive memory still held for calls that timed out or were dropped.
     pub fn quarantined_bytes(&self) -> usize {
-        let slots: Vec<Arc<Slot>> = lock(&self.inner.slots).values().cloned().collect();
-        slots.iter().filter_map(|s| lock(&s.current).clone()).map(|c| c.quarantined_bytes()).sum()
+        let live = self.known().into_iter().flat_map(|peer| peer.live());
+        live.map(|current| current.connection.quarantined_bytes()).sum()
     }
 
-    /// What carries the connection to `peer` ("tcp", "rdma"), if there is one.
+    /// What carries the connections to `peer` ("tcp", "rdma"), if there is one: "rdma" only if all
+    /// of them use it.
     pub fn transport(&self, peer: &str) -> Option<&'static str> {
-        let slot = lock(&self.inner.slots).get(peer).cloned()?;
-        let current = lock(&slot.current);
-        current.as_ref().filter(|c| c.is_live()).map(|c| c.transport())
+        let peer = lock(&self.inner.peers).get(peer).cloned()?;
+        peer.live().into_iter().map(|current| current.connection.about.transport).max()
     }
 
-    /// Ends the connection to `peer`, if there is one: calls in flight fail, quarantined buffers
+    /// The servers that this client knows, and what leads to each.
+    pub fn peers(&self) -> Vec<PeerInfo> {
+        let mut peers: Vec<PeerInfo> = self.known().iter().map(|peer| peer.info()).collect();
+        peers.sort_by(|a, b| a.address.cmp(&b.address));
+        peers
+    }
+
+    /// What this process has to reach its peers by.
+    pub fn fabric_info(&self) -> FabricInfo {
+        FabricInfo::of(&self.inner.dialer.options.fabric)
+    }
+
+    /// Asks the server at `peer` about its network, whatever its service is.
+    ///
+    /// # Errors
+    /// As [`Client::call`]; a server that does not know the method answers
+    /// [`ErrorKind::Unsupported`](firefly_types::ErrorKind::Unsupported) or refuses it by its own rules.
+    pub async fn info(&self, peer: &str, timeout: Duration) -> Result<NetInfo, CallError> {
+        let call = Call { method: INFO_METHOD, head: Bytes::new(), send: None, recv: None, timeout };
+        let head = self.call(peer, call).await?.head;
+        serde_json::from_slice(&head).map_err(|e| {
+            let message = format!("{peer} says about its network what is not understood: {e}");
+            CallError::Remote(WireError::new(ErrorKind::Unsupported, message))
+        })
+    }
+
+    /// Ends the connections to `peer`, if there are any: calls in flight fail, quarantined buffers
     /// come free, the next call connects anew.
     pub fn disconnect(&self, peer: &str) {
-        let slot = lock(&self.inner.slots).get(peer).cloned();
-        if let Some(connection) = slot.and_then(|s| lock(&s.current).take()) {
-            connection.close("it was closed on this side");
+        let peer = lock(&self.inner.peers).get(peer).cloned();
+        if let Some(peer) = peer {
+            peer.close("it was closed on this side", false);
         }
     }
 
     /// Makes one call to `peer` ("ip:port") and waits for its answer.
+    ///
+    /// Calls of up to 16 KiB have a connection of their own; larger ones go to whichever of the
+    /// others has the least to do. A call that was not sent when its connection ended goes another
+    /// way by itself; one that was sent ends as [`CallError::Disconnected`].
     ///
     /// # Errors
     /// See [`CallError`]. After a timeout, and when the future is dropped, the receive buffer stays
@@ -166,102 +197,39 @@ impl Client {
     }
 
     async fn attempt(&self, peer: &str, mut call: Call) -> Result<Response, CallError> {
-        // A cached connection may turn out to be over before anything was sent; then a new one is
+        let class = if call.bytes() <= SMALL { Class::Small } else { Class::Bulk };
+        let way = self.peer(peer);
+        // A connection may turn out to be over before anything was sent; then another one is
         // tried. More than a few in a row means that the server accepts and closes.
-        for _ in 0..3 {
-            let connection = self.connection(peer).await?;
-            match connection.call(call).await {
-                Ok(answer) => return answer.map_err(|ended| ended.into_error(peer)),
-                Err(NotSent(back)) => call = back,
+        for _ in 0..way.tries() {
+            match way.connection(class).await?.call(call).await {
+                Err(Ended::NotSent(back)) => call = *back,
+                answer => return answer.map_err(|ended| ended.into_error(peer)),
             }
         }
         let reason = "the server ends each new connection at once".to_owned();
         Err(CallError::Disconnected { peer: peer.to_owned(), reason })
     }
 
-    async fn connection(&self, peer: &str) -> Result<Arc<Connection>, CallError> {
-        let slot = self.slot(peer);
-        let live = || lock(&slot.current).as_ref().filter(|c| c.is_live()).cloned();
-        if let Some(connection) = live() {
-            return Ok(connection);
+    fn peer(&self, address: &str) -> Arc<Peer> {
+        let mut peers = lock(&self.inner.peers);
+        if let Some(peer) = peers.get(address) {
+            return peer.clone();
         }
-        let _one_at_a_time = slot.connecting.lock().await;
-        if let Some(connection) = live() {
-            return Ok(connection);
+        if peers.len() >= MAX_PEERS {
+            peers.retain(|_, peer| Arc::strong_count(peer) > 1 || peer.is_live());
         }
-        let connection = self.connect(peer).await?;
-        *lock(&slot.current) = Some(connection.clone());
-        Ok(connection)
-    }
-
-    fn slot(&self, peer: &str) -> Arc<Slot> {
-        let mut slots = lock(&self.inner.slots);
-        if let Some(slot) = slots.get(peer) {
-            return slot.clone();
-        }
-        if slots.len() >= MAX_PEERS {
-            slots.retain(|_, s| {
-                Arc::strong_count(s) > 1 || lock(&s.current).as_ref().is_some_and(|c| c.is_live())
-            });
-        }
-        slots.entry(peer.to_owned()).or_default().clone()
-    }
-
-    async fn connect(&self, peer: &str) -> Result<Arc<Connection>, CallError> {
-        let inner = &self.inner;
-        let unreachable = |source| CallError::Unreachable { peer: peer.to_owned(), source };
-        let mut stream = tokio::time::timeout(inner.options.connect_time, TcpStream::connect(peer))
-            .await
-            .map_err(|_| unreachable(std::io::ErrorKind::TimedOut.into()))?
-            .map_err(unreachable)?;
-
-        let want = if inner.carriers.rails() > 0 { Want::Rail(0) } else { Want::Tcp };
-        let link = LinkOptions {
-            counters: inner.counters.clone(),
-            stall: inner.options.stall_time,
-            heads: Heads::default(),
-            class: Class::default(),
-        };
-        tcp::configure(&stream, &link).map_err(unreachable)?;
-        let Identity { cluster, secret, name } = &inner.identity;
-        let terms = Terms::new(*cluster, secret, Purpose::Rpc);
-        let (mut machine, hello) =
-            Initiator::start(terms, name, inner.carriers.hello(want), handshake::nonce());
-        let shake = async {
-            use tokio::io::AsyncWriteExt;
-            stream.write_all(&hello).await.map_err(|e| HandshakeError::Ended(e.to_string()))?;
-            drive_handshake(&mut stream, &mut machine, Initiator::wants, Initiator::feed).await?;
-            inner.carriers.dial(want, stream, link).await
-        };
-        let dialled = tokio::time::timeout(inner.options.handshake_time, shake)
-            .await
-            .unwrap_or(Err(HandshakeError::TimedOut));
-        let link = match dialled {
-            Ok(link) => link,
-            // A server that goes away meanwhile is no stranger; ask again later.
-            Err(HandshakeError::Ended(reason)) => {
-                return Err(unreachable(std::io::Error::new(std::io::ErrorKind::ConnectionReset, reason)));
-            }
-            Err(reason) => {
-                inner.refused.fetch_add(1, Ordering::Relaxed);
-                return Err(CallError::Refused { peer: peer.to_owned(), reason });
-            }
-        };
-        inner.connections.fetch_add(1, Ordering::Relaxed);
-        Ok(match link {
-            Link::Tcp((tx, rx)) => Connection::start(tx, rx),
-            Link::Verbs((tx, rx)) => Connection::start(tx, rx),
-        })
+        let peer = Arc::new(Peer::new(address, self.inner.dialer.clone()));
+        peers.insert(address.to_owned(), peer.clone());
+        peer
     }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         // The tasks of a connection hold it, so it would outlive its client.
-        for slot in lock(&self.slots).values() {
-            if let Some(connection) = lock(&slot.current).take() {
-                connection.close("the client was dropped");
-            }
+        for peer in lock(&self.peers).values() {
+            peer.close("the client was dropped", true);
         }
     }
 }

@@ -2,16 +2,19 @@
 //! flight, whatever becomes of their callers.
 
 use super::frame::{FrameKind, Header};
+use super::info::About;
+use super::outbox::{Outbox, Say};
 use super::{Call, Response};
 use crate::buf::{Buf, BufMut};
 use crate::error::{CallError, LinkError};
-use crate::link::{Incoming, LinkRx, LinkTx, Outgoing, Register};
+use crate::link::{Counters, Incoming, LinkRx, LinkTx, Outgoing, Register};
 use firefly_types::{ErrorKind, WireError};
-use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 /// Calls in flight on one connection, abandoned ones included; more wait their turn.
@@ -30,13 +33,34 @@ struct InFlight {
     _send: Option<Buf>,
     answer: oneshot::Sender<Result<Response, Ended>>,
     abandoned: Option<Instant>,
+    _load: Load,
     _permit: OwnedSemaphorePermit,
 }
 
 /// How a call ended without the caller's address and method, which the caller knows.
 pub(super) enum Ended {
+    /// The server's own answer.
     Remote(WireError),
+    /// The connection ended after the call was, or may have been, sent.
     Lost(String),
+    /// The connection ended before: here is the call again.
+    NotSent(Box<Call>),
+}
+
+/// Bytes that a call moves, counted to its lane while it is in flight.
+struct Load(Arc<AtomicUsize>, usize);
+
+impl Load {
+    fn new(lane: &Arc<AtomicUsize>, bytes: usize) -> Load {
+        lane.fetch_add(bytes, Ordering::Relaxed);
+        Load(lane.clone(), bytes)
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.0.fetch_sub(self.1, Ordering::Relaxed);
+    }
 }
 
 #[derive(Default)]
@@ -51,44 +75,53 @@ struct Calls {
 pub(super) struct Connection {
     calls: Mutex<Calls>,
     permits: Arc<Semaphore>,
-    queue: mpsc::Sender<Outgoing>,
+    outbox: Arc<dyn Say>,
     next: AtomicU64,
+    load: Arc<AtomicUsize>,
     stop: CancellationToken,
     memory: Arc<dyn Register>,
-    transport: &'static str,
+    pub(super) about: About,
+    device_failed: AtomicBool,
+    retired: AtomicBool,
 }
 
-/// A call given back because the connection was over before anything was sent.
-pub(super) struct NotSent(pub(super) Call);
-
 impl Connection {
-    /// Starts the two tasks that carry the connection.
-    pub(super) fn start<T: LinkTx, R: LinkRx>(tx: T, rx: R) -> Arc<Connection> {
-        let (queue, queued) = mpsc::channel(MAX_IN_FLIGHT);
+    /// Starts the tasks that carry the connection. `counters` are the link's.
+    pub(super) fn start<T: LinkTx, R: LinkRx>(tx: T, mut rx: R, counters: Arc<Counters>) -> Arc<Connection> {
+        let (memory, device) = (tx.register(), tx.device());
+        let outbox = Arc::new(Outbox::new(tx));
         let me = Arc::new(Connection {
             calls: Mutex::default(),
             permits: Arc::new(Semaphore::new(MAX_IN_FLIGHT)),
-            queue,
+            outbox: outbox.clone(),
             next: AtomicU64::new(1),
+            load: Arc::default(),
             stop: CancellationToken::new(),
-            memory: tx.register(),
-            transport: T::NAME,
+            memory,
+            about: About { transport: T::NAME, device, counters, since: Instant::now() },
+            device_failed: AtomicBool::new(false),
+            retired: AtomicBool::new(false),
         });
-        let writer = tokio::spawn(write(me.clone(), tx, queued));
+        let (mine, writing) = (me.clone(), outbox.clone());
+        let writer = tokio::spawn(async move {
+            tokio::select! {
+                written = writing.run(&mine.stop) => if let Err(error) = written { mine.fail(&error) },
+                () = mine.watch_quarantine() => {}
+            }
+        });
         let mine = me.clone();
         tokio::spawn(async move {
-            let (me, mut rx) = (mine, rx);
-            let reason = tokio::select! {
-                error = read(&me, &mut rx) => error.to_string(),
-                () = me.stop.cancelled() => "it was closed on this side".to_owned(),
-            };
-            me.end(reason);
-            // Both halves go before the buffers: only then can no device touch them any more.
+            tokio::select! {
+                error = read(&mine, &mut rx) => mine.fail(&error),
+                () = mine.stop.cancelled() => {}
+            }
             if let Err(e) = writer.await {
                 tracing::error!(error = %e, "the writer of a connection failed");
             }
+            // Both halves go before the buffers: only then can no device touch them any more.
+            let unsent = outbox.close().await;
             drop(rx);
-            me.release();
+            mine.release(unsent);
         });
         me
     }
@@ -98,14 +131,38 @@ impl Connection {
         !self.stop.is_cancelled()
     }
 
-    /// What carries it.
-    pub(super) fn transport(&self) -> &'static str {
-        self.transport
+    /// Whether it ended because of this side's device, not because of the peer.
+    pub(super) fn device_failed(&self) -> bool {
+        self.device_failed.load(Ordering::Relaxed)
+    }
+
+    /// Why it is over, if it is.
+    pub(super) fn over(&self) -> Option<String> {
+        self.lock().over.clone()
+    }
+
+    /// Bytes that calls in flight move.
+    pub(super) fn load(&self) -> usize {
+        self.load.load(Ordering::Relaxed)
+    }
+
+    /// Calls in flight, abandoned ones included.
+    pub(super) fn in_flight(&self) -> usize {
+        self.lock().in_flight.len()
     }
 
     /// Ends the connection; calls in flight fail.
     pub(super) fn close(&self, reason: &str) {
         self.end(reason.to_owned());
+    }
+
+    /// Ends the connection when its last answer has come: another took its place.
+    pub(super) fn retire(&self) {
+        self.retired.store(true, Ordering::SeqCst);
+        let idle = self.lock().in_flight.is_empty();
+        if idle {
+            self.end("another connection took its place".into());
+        }
     }
 
     /// Bytes of receive memory held for callers that are gone.
@@ -117,16 +174,36 @@ impl Connection {
 
     /// Makes one call. Dropping the future abandons the call, whose buffers stay here. The caller
     /// applies the timeout.
-    pub(super) async fn call(&self, mut call: Call) -> Result<Result<Response, Ended>, NotSent> {
-        let permit = tokio::select! {
-            permit = self.permits.clone().acquire_owned() => permit.expect("the semaphore is never closed"),
-            () = self.stop.cancelled() => return Err(NotSent(call)),
+    pub(super) async fn call(&self, call: Call) -> Result<Response, Ended> {
+        let load = Load::new(&self.load, call.bytes());
+        let permit = match self.permits.clone().try_acquire_owned() {
+            Ok(permit) => permit,
+            Err(_) => tokio::select! {
+                permit = self.permits.clone().acquire_owned() => permit.expect("the semaphore is never closed"),
+                () = self.stop.cancelled() => return Err(Ended::NotSent(Box::new(call))),
+            },
         };
-        // From here to the queue nothing waits, so the future cannot be dropped half-way.
-        let Ok(slot) = self.queue.try_reserve() else { return Err(NotSent(call)) };
+        let timeout = call.timeout;
+        let (abandon, answered) = self.begin(call, load, permit)?;
+        let answer = answered.await;
+        // Answered: it is not in flight any more.
+        std::mem::forget(abandon);
+        match answer {
+            Ok(Err(Ended::NotSent(back))) => Err(Ended::NotSent(Box::new(Call { timeout, ..*back }))),
+            Ok(answer) => answer,
+            // Dropped in the middle of its answer, because the connection is ending.
+            Err(_) => {
+                self.stop.cancelled().await;
+                Err(Ended::Lost(self.over().unwrap_or_default()))
+            }
+        }
+    }
+
+    /// Sends the request. Nothing here waits, so a dropped future never leaves a call half-way.
+    fn begin(&self, mut call: Call, load: Load, permit: OwnedSemaphorePermit) -> Result<Begun<'_>, Ended> {
         let window = match call.recv.as_mut().map(|buf| self.memory.window(buf)).transpose() {
             Ok(window) => window.flatten(),
-            Err(e) => return Ok(Err(Ended::Remote(WireError::new(e.kind(), e.to_string())))),
+            Err(e) => return Err(Ended::Remote(WireError::new(e.kind(), e.to_string()))),
         };
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let header = Header {
@@ -141,23 +218,23 @@ impl Connection {
         {
             let mut calls = self.lock();
             if calls.over.is_some() {
-                return Err(NotSent(call));
+                return Err(Ended::NotSent(Box::new(call)));
             }
-            let recv = call.recv.take();
-            let in_flight =
-                InFlight { recv, _send: call.send.clone(), answer, abandoned: None, _permit: permit };
+            let in_flight = InFlight {
+                recv: call.recv.take(),
+                _send: call.send.clone(),
+                answer,
+                abandoned: None,
+                _load: load,
+                _permit: permit,
+            };
             calls.in_flight.insert(id, in_flight);
         }
-        let _abandon = AbandonOnDrop { connection: self, id };
-        slot.send(Outgoing { header, head: call.head, payload: call.send, window, permit: None });
-        match answered.await {
-            Ok(answer) => Ok(answer),
-            // Dropped in the middle of its answer, because the connection is ending.
-            Err(_) => {
-                self.stop.cancelled().await;
-                Ok(Err(Ended::Lost(self.lock().over.clone().unwrap_or_default())))
-            }
+        let request = Outgoing { header, head: call.head, payload: call.send, window, permit: None };
+        if let Err(request) = self.outbox.say(request) {
+            self.not_sent(*request);
         }
+        Ok((AbandonOnDrop { connection: self, id }, answered))
     }
 
     fn lock(&self) -> MutexGuard<'_, Calls> {
@@ -169,15 +246,38 @@ impl Connection {
         self.stop.cancel();
     }
 
+    fn fail(&self, error: &LinkError) {
+        if matches!(error, LinkError::Device { .. }) && self.is_live() {
+            self.device_failed.store(true, Ordering::Relaxed);
+        }
+        self.end(error.to_string());
+    }
+
+    /// Gives a call that the peer has certainly not seen back to its caller.
+    fn not_sent(&self, request: Outgoing) {
+        let Some(call) = self.take(request.header.call) else { return };
+        let back = Call {
+            method: request.header.method,
+            head: request.head,
+            send: request.payload,
+            recv: call.recv,
+            timeout: Duration::ZERO,
+        };
+        // The caller may be gone; then nobody wants to know.
+        let _ = call.answer.send(Err(Ended::NotSent(Box::new(back))));
+    }
+
     /// Fails all calls and frees their buffers; the link is destroyed by now.
-    fn release(&self) {
+    fn release(&self, unsent: Vec<Outgoing>) {
+        for request in unsent {
+            self.not_sent(request);
+        }
         let (lost, reason) = {
             let mut calls = self.lock();
             calls.quarantined = 0;
             (std::mem::take(&mut calls.in_flight), calls.over.clone().unwrap_or_default())
         };
         for (_, call) in lost {
-            // The caller may be gone; then nobody wants to know.
             let _ = call.answer.send(Err(Ended::Lost(reason.clone())));
         }
     }
@@ -196,17 +296,20 @@ impl Connection {
         }
     }
 
-    fn check_quarantine(&self) {
-        let overdue = {
+    /// Ends the connection when a call that was given up holds its buffers for too long.
+    async fn watch_quarantine(&self) {
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
             let calls = self.lock();
-            calls.quarantined > 0
-                && calls
-                    .in_flight
-                    .values()
-                    .any(|c| c.abandoned.is_some_and(|since| since.elapsed() > MAX_QUARANTINE))
-        };
-        if overdue {
-            self.end(format!("a call that was given up stayed unanswered for {MAX_QUARANTINE:?}"));
+            let is_overdue = |c: &InFlight| c.abandoned.is_some_and(|since| since.elapsed() > MAX_QUARANTINE);
+            let overdue = calls.quarantined > 0 && calls.in_flight.values().any(is_overdue);
+            drop(calls);
+            if overdue {
+                return self
+                    .end(format!("a call that was given up stayed unanswered for {MAX_QUARANTINE:?}"));
+            }
         }
     }
 
@@ -220,6 +323,9 @@ impl Connection {
     }
 }
 
+/// A call on its way, and where its answer comes.
+type Begun<'a> = (AbandonOnDrop<'a>, oneshot::Receiver<Result<Response, Ended>>);
+
 struct AbandonOnDrop<'a> {
     connection: &'a Connection,
     id: u64,
@@ -227,42 +333,7 @@ struct AbandonOnDrop<'a> {
 
 impl Drop for AbandonOnDrop<'_> {
     fn drop(&mut self) {
-        // Does nothing for a call that was answered: it is not in flight any more.
         self.connection.abandon(self.id);
-    }
-}
-
-async fn write<T: LinkTx>(me: Arc<Connection>, mut tx: T, mut queued: mpsc::Receiver<Outgoing>) {
-    let mut batch = VecDeque::new();
-    let mut tick = tokio::time::interval(Duration::from_secs(1));
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            first = queued.recv() => match first {
-                Some(first) => batch.push_back(first),
-                None => return,
-            },
-            _ = tick.tick() => {
-                me.check_quarantine();
-                continue;
-            }
-            () = me.stop.cancelled() => return,
-        }
-        // Small calls that were made together travel together.
-        while batch.len() < 32 {
-            match queued.try_recv() {
-                Ok(more) => batch.push_back(more),
-                Err(_) => break,
-            }
-        }
-        let sent = tokio::select! {
-            sent = tx.send(&mut batch) => sent,
-            () = me.stop.cancelled() => return,
-        };
-        if let Err(e) = sent {
-            me.end(e.to_string());
-            return;
-        }
     }
 }
 
@@ -271,6 +342,9 @@ async fn read<R: LinkRx>(me: &Connection, rx: &mut R) -> LinkError {
     loop {
         if let Err(e) = read_one(me, rx).await {
             return e;
+        }
+        if me.retired.load(Ordering::SeqCst) {
+            me.retire();
         }
     }
 }
@@ -299,7 +373,8 @@ async fn read_one<R: LinkRx>(me: &Connection, rx: &mut R) -> Result<(), LinkErro
     }
     // If the caller is gone the answer is dropped here, and with it the buffer: the peer is done
     // with it.
-    let _ = call.answer.send(Ok(Response { head: incoming.head, data: call.recv }));
+    let InFlight { answer, recv, .. } = call;
+    let _ = answer.send(Ok(Response { head: incoming.head, data: recv }));
     Ok(())
 }
 
@@ -325,9 +400,11 @@ async fn land<R: LinkRx>(
 
 impl Ended {
     pub(super) fn into_error(self, peer: &str) -> CallError {
+        let lost = |reason| CallError::Disconnected { peer: peer.to_owned(), reason };
         match self {
             Ended::Remote(e) => CallError::Remote(e),
-            Ended::Lost(reason) => CallError::Disconnected { peer: peer.to_owned(), reason },
+            Ended::Lost(reason) => lost(reason),
+            Ended::NotSent(_) => lost("every connection ended before the call was sent".to_owned()),
         }
     }
 }

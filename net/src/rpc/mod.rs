@@ -4,10 +4,15 @@ mod carrier;
 mod client;
 mod connection;
 pub(crate) mod frame;
+pub mod info;
+mod lanes;
+mod outbox;
+mod peer;
 mod server;
 
 pub use client::{Client, ClientOptions};
 pub use frame::{MAX_HEAD, MAX_PAYLOAD};
+pub use info::{ConnectionInfo, FabricInfo, NetInfo, PeerInfo};
 pub use server::{Server, ServerOptions, ServerStats};
 
 use crate::buf::{Buf, BufMut};
@@ -49,6 +54,14 @@ pub struct Call {
     pub recv: Option<BufMut>,
     /// Time from now to the answer, connecting included.
     pub timeout: Duration,
+}
+
+impl Call {
+    /// Bytes that move, or may.
+    fn bytes(&self) -> usize {
+        let payload = self.send.as_ref().map_or(0, |b| b.len());
+        self.head.len() + payload + self.recv.as_ref().map_or(0, BufMut::capacity)
+    }
 }
 
 /// The answer to a [`Call`].
@@ -113,6 +126,9 @@ pub struct NetStats {
     pub bytes_sent: u64,
     /// Bytes received, headers included.
     pub bytes_received: u64,
+    /// Payload bytes moved from one place in user space to another, among the bytes received. The
+    /// rest of what was received went from the kernel, or by the device, straight to its place.
+    pub bytes_copied: u64,
     /// Calls begun (client) or taken up (server).
     pub calls: u64,
     /// Connections made, reconnects included.
@@ -157,5 +173,9 @@ where
 
 #[cfg(test)]
 mod hostile_tests;
+#[cfg(test)]
+mod lane_tests;
+#[cfg(test)]
+mod proxy;
 #[cfg(test)]
 pub(crate) mod tests;

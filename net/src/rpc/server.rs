@@ -4,24 +4,27 @@
 use super::carrier::{Carriers, Link};
 use super::connection::MAX_IN_FLIGHT;
 use super::frame::{FrameKind, Header, MAX_HEAD};
+use super::info::{About, ConnectionInfo, INFO_METHOD, NetInfo};
+use super::outbox::{Outbox, Say};
 use super::{HANDSHAKE_TIME, Identity, NetStats, Reply, Request, STALL_TIME, Service, drive_handshake};
 use crate::buf::{BufPool, Heads};
 use crate::error::{HandshakeError, LinkError};
-use crate::fabric::{Class, Fabric};
+use crate::fabric::{Fabric, Traffic};
 use crate::handshake::{self, Purpose, Responder, Terms};
 use crate::link::{Counters, LinkOptions, LinkRx, LinkTx, Outgoing, tcp};
 use bytes::Bytes;
-use firefly_types::{ErrorKind, WireError};
+use firefly_types::{ErrorKind, WireError, lock};
 use futures::FutureExt;
-use std::collections::VecDeque;
+use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::task::Poll;
+use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -30,6 +33,8 @@ use tokio_util::sync::CancellationToken;
 const MAX_HANDSHAKES: usize = 128;
 /// Longest message of an error.
 const MAX_MESSAGE: usize = 4096;
+/// A call that moves no more may be carried out by the task that reads requests.
+const INLINE_BYTES: usize = 32 << 10;
 /// After a stop, time for calls in flight to be answered.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -38,13 +43,16 @@ const DRAIN: Duration = Duration::from_secs(5);
 pub struct ServerOptions {
     /// Memory for payloads of requests, in use and cached; callers wait beyond it. Default 512 MiB.
     pub pool: BufPool,
-    /// Members connected at one time; more are refused. Default 4096.
+    /// Connections of members at one time; more are refused. Default 16384: four of each of four
+    /// thousand processes.
     pub max_connections: usize,
     /// Time for a client to prove itself. Default 5 s.
     pub handshake_time: Duration,
     /// A client that moves no byte of a message that has begun for so long is given up. Default
     /// 15 s.
     pub stall_time: Duration,
+    /// What the answers are for, which decides how their packets are marked. Default control.
+    pub traffic: Traffic,
     /// How peers are reached. Default: the process's.
     pub fabric: Fabric,
 }
@@ -53,9 +61,10 @@ impl Default for ServerOptions {
     fn default() -> Self {
         Self {
             pool: BufPool::new(512 << 20),
-            max_connections: 4096,
+            max_connections: 16384,
             handshake_time: HANDSHAKE_TIME,
             stall_time: STALL_TIME,
+            traffic: Traffic::Control,
             fabric: Fabric::shared(),
         }
     }
@@ -79,6 +88,7 @@ impl ServerStats {
         NetStats {
             bytes_sent: self.0.bytes.sent.load(Ordering::Relaxed),
             bytes_received: self.0.bytes.received.load(Ordering::Relaxed),
+            bytes_copied: self.0.bytes.copied.load(Ordering::Relaxed),
             calls: self.0.calls.load(Ordering::Relaxed),
             connections: self.0.connections.load(Ordering::Relaxed),
             refused: self.0.refused.load(Ordering::Relaxed),
@@ -91,7 +101,24 @@ struct Shared {
     identity: Identity,
     service: Arc<dyn Service>,
     options: ServerOptions,
+    heads: Heads,
     totals: Arc<Totals>,
+    /// Connections by number, for those who ask.
+    live: Mutex<HashMap<u64, Arc<Serving>>>,
+}
+
+impl Shared {
+    fn new(identity: Identity, service: Arc<dyn Service>, options: ServerOptions) -> Shared {
+        let carriers = Carriers::of(&options.fabric);
+        let (heads, totals, live) = (Heads::default(), Arc::default(), Mutex::default());
+        Shared { carriers, identity, service, options, heads, totals, live }
+    }
+
+    fn info(&self) -> NetInfo {
+        let connections = lock(&self.live).values().map(|serving| serving.info()).collect();
+        let stats = ServerStats(self.totals.clone()).get();
+        NetInfo::new(&self.identity.name, &self.options.fabric, connections, stats)
+    }
 }
 
 /// Serves calls on one address.
@@ -117,9 +144,7 @@ impl Server {
         // std sets SO_REUSEADDR, so a restarted server gets its port back at once.
         let listener = std::net::TcpListener::bind(addr)?;
         listener.set_nonblocking(true)?;
-        let carriers = Carriers::of(&options.fabric);
-        let shared = Shared { carriers, identity, service, options, totals: Arc::default() };
-        Ok(Server { listener, shared: Arc::new(shared) })
+        Ok(Server { listener, shared: Arc::new(Shared::new(identity, service, options)) })
     }
 
     /// The address that clients dial.
@@ -203,11 +228,12 @@ async fn serve(
         tracing::warn!(peer = %addr, reason = %error, "refused a connection");
     };
     let member = members.try_acquire_owned();
+    let counters = Counters::part_of(&shared.totals.bytes);
     let link = LinkOptions {
-        counters: shared.totals.bytes.clone(),
+        counters: counters.clone(),
         stall: stall_time,
-        heads: Heads::default(),
-        class: Class::default(),
+        heads: shared.heads.of_connection(),
+        class: shared.options.fabric.options().class(shared.options.traffic),
     };
     if let Err(e) = tcp::configure(&stream, &link) {
         return refuse(HandshakeError::Ended(e.to_string()));
@@ -230,13 +256,25 @@ async fn serve(
         Err(error) => return refuse(error),
     };
     drop(room);
-    shared.totals.connections.fetch_add(1, Ordering::Relaxed);
-    let peer = format!("{name} ({addr})");
+    let who = (name, addr.to_string());
     let reason = match link {
-        Link::Tcp((tx, rx)) => carry(&shared, tx, rx, &peer, stop).await,
-        Link::Verbs((tx, rx)) => carry(&shared, tx, rx, &peer, stop).await,
+        Link::Tcp((tx, rx)) => carry(&shared, tx, rx, who, counters, stop).await,
+        Link::Verbs((tx, rx)) => carry(&shared, tx, rx, who, counters, stop).await,
     };
-    tracing::debug!(%peer, %reason, "disconnected");
+    tracing::debug!(peer = %addr, %reason, "disconnected");
+}
+
+/// One connection as its handlers see it.
+struct Serving {
+    shared: Arc<Shared>,
+    outbox: Arc<dyn Say>,
+    /// One for each call in flight, until its answer was written.
+    permits: Arc<Semaphore>,
+    name: String,
+    address: String,
+    /// Both, for the service and for logs.
+    peer: String,
+    about: About,
 }
 
 /// Carries one connection to its end; says why it ended.
@@ -244,124 +282,174 @@ async fn carry<T: LinkTx, R: LinkRx>(
     shared: &Arc<Shared>,
     tx: T,
     mut rx: R,
-    peer: &str,
+    (name, address): (String, String),
+    counters: Arc<Counters>,
     stop: CancellationToken,
 ) -> String {
-    tracing::debug!(%peer, transport = T::NAME, "connected");
+    let peer = format!("{name} ({address})");
+    let about = About { transport: T::NAME, device: tx.device(), counters, since: Instant::now() };
+    tracing::debug!(%peer, transport = T::NAME, device = about.device, "connected");
+    let outbox = Arc::new(Outbox::new(tx));
     let permits = Arc::new(Semaphore::new(MAX_IN_FLIGHT));
-    // One place for each call in flight: a handler never waits to queue its answer.
-    let (answers, queued) = mpsc::channel(MAX_IN_FLIGHT);
-    let mut writer = tokio::spawn(write(tx, queued));
+    let serving =
+        Serving { shared: shared.clone(), outbox: outbox.clone(), permits, name, address, peer, about };
+    let serving = Arc::new(serving);
+    let _listed = Listed::new(&serving);
+    let done = CancellationToken::new();
+    let (writing, written) = (outbox.clone(), done.clone());
+    let mut writer = tokio::spawn(async move { writing.run(&written).await });
     let reading = async {
         loop {
-            if let Err(e) = take_one(shared, &mut rx, peer, &permits, &answers).await {
+            if let Err(e) = serving.take_one(&mut rx).await {
                 return e;
             }
         }
     };
-    let ended = tokio::select! {
+    let ended = |written: Result<Result<(), LinkError>, tokio::task::JoinError>| match written {
+        Ok(Ok(())) => "the writer ended".to_owned(),
+        Ok(Err(e)) => e.to_string(),
+        Err(e) => e.to_string(),
+    };
+    let reason = tokio::select! {
         error = reading => Some(error.to_string()),
-        written = &mut writer => Some(match written {
-            Ok(Err(e)) => e.to_string(),
-            Ok(Ok(())) => "the writer ended".into(),
-            Err(e) => e.to_string(),
-        }),
+        written = &mut writer => Some(ended(written)),
         () = stop.cancelled() => None,
     };
-    let Some(reason) = ended else {
-        // A permit comes back when the answer has been written: all back means all answered.
-        let all = permits.acquire_many(MAX_IN_FLIGHT as u32);
-        let drained = tokio::select! {
-            drained = tokio::time::timeout(DRAIN, all) => drained.is_ok(),
-            _ = &mut writer => false,
-        };
-        writer.abort();
-        return if drained {
-            "this server stopped".into()
-        } else {
-            "this server stopped with calls in flight".into()
-        };
+    let reason = match reason {
+        Some(reason) => reason,
+        None => {
+            serving.outbox.flush();
+            // A permit comes back when the answer has been written: all back means all answered.
+            let all = serving.permits.acquire_many(MAX_IN_FLIGHT as u32);
+            tokio::select! {
+                drained = tokio::time::timeout(DRAIN, all) => match drained {
+                    Ok(_) => "this server stopped".to_owned(),
+                    Err(_) => "this server stopped with calls in flight".to_owned(),
+                },
+                written = &mut writer => ended(written),
+            }
+        }
     };
     // Handlers still running finish by themselves; their answers have nowhere to go.
-    writer.abort();
+    done.cancel();
+    drop(outbox.close().await);
     reason
 }
 
-async fn write<T: LinkTx>(mut tx: T, mut queued: mpsc::Receiver<Outgoing>) -> Result<(), LinkError> {
-    let mut batch = VecDeque::new();
-    while let Some(first) = queued.recv().await {
-        batch.push_back(first);
-        while batch.len() < 32 {
-            match queued.try_recv() {
-                Ok(more) => batch.push_back(more),
-                Err(_) => break,
-            }
-        }
-        tx.send(&mut batch).await?;
+/// A connection is listed while this lives.
+struct Listed(Arc<Shared>, u64);
+
+impl Listed {
+    fn new(serving: &Arc<Serving>) -> Listed {
+        let shared = serving.shared.clone();
+        let number = shared.totals.connections.fetch_add(1, Ordering::Relaxed);
+        lock(&shared.live).insert(number, serving.clone());
+        Listed(shared, number)
     }
-    Ok(())
 }
 
-/// Reads one request, receives its payload and starts its handler.
-async fn take_one<R: LinkRx>(
-    shared: &Arc<Shared>,
-    rx: &mut R,
-    peer: &str,
-    permits: &Arc<Semaphore>,
-    answers: &mpsc::Sender<Outgoing>,
-) -> Result<(), LinkError> {
-    // Waiting here before reading pushes back on a peer that asks faster than it is served or
-    // does not read its answers.
-    let permit = permits.clone().acquire_owned().await.expect("the semaphore is never closed");
-    let incoming = rx.recv().await?;
-    let Header { kind, call, method, payload_len, aux, .. } = incoming.header;
-    if kind != FrameKind::Request {
-        return Err(LinkError::Protocol(format!("a client sent a frame of kind {kind:?}")));
+impl Drop for Listed {
+    fn drop(&mut self) {
+        lock(&self.0.live).remove(&self.1);
     }
-    shared.totals.calls.fetch_add(1, Ordering::Relaxed);
-    let len = payload_len as usize;
-    let limit = shared.service.payload_limit(method);
-    let answer = Answer {
-        answers: answers.clone(),
-        call,
-        reply_capacity: aux as usize,
-        window: incoming.window,
-        permit,
-    };
-    if len > limit {
-        rx.skip(&incoming).await?;
-        let message = format!("method {method} takes payloads of up to {limit} bytes, this one has {len}");
-        answer.send(Err(WireError::new(ErrorKind::TooLarge, message)));
-        return Ok(());
+}
+
+impl Serving {
+    fn info(&self) -> ConnectionInfo {
+        // The reader holds one, for the call that it waits for or, if this is asked by a call on
+        // this very connection, for that one.
+        let taken = MAX_IN_FLIGHT - self.permits.available_permits();
+        self.about.info(&self.name, &self.address, taken.saturating_sub(1))
     }
-    let mut payload = None;
-    if len > 0 {
-        let buf = shared.options.pool.alloc(len).await;
-        payload = Some(rx.pull(&incoming, buf).await?);
+
+    /// Reads one request, receives its payload and carries it out or starts to.
+    async fn take_one<R: LinkRx>(self: &Arc<Self>, rx: &mut R) -> Result<(), LinkError> {
+        // Answers to requests that came together leave together, before this task waits.
+        if !rx.is_ahead() {
+            self.outbox.flush();
+        }
+        // Waiting here before reading pushes back on a peer that asks faster than it is served or
+        // does not read its answers.
+        let permit = match self.permits.clone().try_acquire_owned() {
+            Ok(permit) => permit,
+            Err(_) => {
+                self.outbox.flush();
+                self.permits.clone().acquire_owned().await.expect("the semaphore is never closed")
+            }
+        };
+        let incoming = rx.recv().await?;
+        let Header { kind, call, method, payload_len, aux, .. } = incoming.header;
+        if kind != FrameKind::Request {
+            return Err(LinkError::Protocol(format!("a client sent a frame of kind {kind:?}")));
+        }
+        self.shared.totals.calls.fetch_add(1, Ordering::Relaxed);
+        let len = payload_len as usize;
+        let limit = if method == INFO_METHOD { 0 } else { self.shared.service.payload_limit(method) };
+        let answer = Answer {
+            serving: self.clone(),
+            call,
+            reply_capacity: aux as usize,
+            window: incoming.window,
+            permit,
+        };
+        if len > limit {
+            rx.skip(&incoming).await?;
+            let message =
+                format!("method {method} takes payloads of up to {limit} bytes, this one has {len}");
+            answer.send(Err(WireError::new(ErrorKind::TooLarge, message)), false);
+            return Ok(());
+        }
+        let mut payload = None;
+        if len > 0 {
+            let pool = &self.shared.options.pool;
+            let buf = match pool.try_alloc(len) {
+                Some(buf) => buf,
+                None => {
+                    self.outbox.flush();
+                    pool.alloc(len).await
+                }
+            };
+            payload = Some(rx.pull(&incoming, buf).await?);
+        }
+        if method == INFO_METHOD {
+            let told = serde_json::to_vec(&self.shared.info());
+            let told = told.map_err(|e| WireError::new(ErrorKind::Internal, e.to_string()));
+            answer.send(told.map(Reply::head), false);
+            return Ok(());
+        }
+        let bulk = len.max(answer.reply_capacity) > INLINE_BYTES;
+        let request = Request {
+            method,
+            head: incoming.head,
+            payload,
+            reply_capacity: answer.reply_capacity,
+            peer: self.peer.clone(),
+        };
+        let (service, room) = (self.shared.service.clone(), incoming.room);
+        let mut handling = Box::pin(async move {
+            let peer = request.peer.clone();
+            let handled = AssertUnwindSafe(service.handle(request)).catch_unwind().await;
+            drop(room);
+            handled.unwrap_or_else(|_| {
+                tracing::error!(%peer, method, "the handler of a call panicked");
+                let message = format!("the server failed while handling method {method}; see its log");
+                Err(WireError::new(ErrorKind::Internal, message))
+            })
+        });
+        // Many small calls are answered without waiting for anything: a task for each would cost
+        // more than they do. One that does wait, or moves much, must not hold up the next.
+        if !bulk && let Poll::Ready(result) = futures::poll!(&mut handling) {
+            answer.send(result, false);
+            return Ok(());
+        }
+        tokio::spawn(async move { answer.send(handling.await, true) });
+        Ok(())
     }
-    let request = Request {
-        method,
-        head: incoming.head,
-        payload,
-        reply_capacity: answer.reply_capacity,
-        peer: peer.to_owned(),
-    };
-    let service = shared.service.clone();
-    tokio::spawn(async move {
-        let peer = request.peer.clone();
-        let handled = AssertUnwindSafe(service.handle(request)).catch_unwind().await;
-        answer.send(handled.unwrap_or_else(|_| {
-            tracing::error!(%peer, method, "the handler of a call panicked");
-            let message = format!("the server failed while handling method {method}; see its log");
-            Err(WireError::new(ErrorKind::Internal, message))
-        }));
-    });
-    Ok(())
 }
 
 /// The right and duty to answer one call.
 struct Answer {
-    answers: mpsc::Sender<Outgoing>,
+    serving: Arc<Serving>,
     call: u64,
     reply_capacity: usize,
     window: Option<crate::link::Window>,
@@ -369,7 +457,8 @@ struct Answer {
 }
 
 impl Answer {
-    fn send(self, result: Result<Reply, WireError>) {
+    /// Answers. With `now`, at once; otherwise the reader's next flush does.
+    fn send(self, result: Result<Reply, WireError>, now: bool) {
         let result = result.and_then(|reply| {
             let (head, data) = (reply.head.len(), reply.data.as_ref().map_or(0, |d| d.len()));
             if head > MAX_HEAD {
@@ -397,14 +486,10 @@ impl Answer {
         let payload_len = payload.as_ref().map_or(0, |p| p.len()) as u32;
         let header =
             Header { kind, call: self.call, method: 0, head_len: head.len() as u32, payload_len, aux };
+        let answer = Outgoing { header, head, payload, window: self.window, permit: Some(self.permit) };
+        let outbox = &self.serving.outbox;
         // Fails only if the connection is gone, and then nobody wants the answer.
-        let _ = self.answers.try_send(Outgoing {
-            header,
-            head,
-            payload,
-            window: self.window,
-            permit: Some(self.permit),
-        });
+        let _ = if now { outbox.say(answer) } else { outbox.queue(answer) };
     }
 }
 
@@ -417,7 +502,6 @@ pub(super) async fn serve_link<T: LinkTx, R: LinkRx>(
     peer: &str,
     stop: CancellationToken,
 ) -> String {
-    let (options, totals, carriers) = (ServerOptions::default(), Arc::default(), Carriers::default());
-    let shared = Shared { carriers, identity, service, options, totals };
-    carry(&Arc::new(shared), tx, rx, peer, stop).await
+    let shared = Shared::new(identity, service, ServerOptions::default());
+    carry(&Arc::new(shared), tx, rx, ("tester".into(), peer.to_owned()), Arc::default(), stop).await
 }

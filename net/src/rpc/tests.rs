@@ -25,7 +25,7 @@ pub(crate) fn identity(secret: u8) -> Identity {
 
 pub(crate) const ECHO: u16 = 1;
 const FILL: u16 = 2;
-const GATED: u16 = 3;
+pub(crate) const GATED: u16 = 3;
 const PANIC: u16 = 4;
 const FAIL: u16 = 5;
 pub(crate) const HUGE_HEAD: u16 = 6;
@@ -36,6 +36,8 @@ pub(crate) struct TestService {
     /// Each GATED call waits for a permit.
     gate: Semaphore,
     pub(crate) entered: Semaphore,
+    /// How often each head was echoed.
+    pub(crate) seen: Mutex<HashMap<Bytes, usize>>,
     running: AtomicUsize,
     most: AtomicUsize,
 }
@@ -46,9 +48,14 @@ impl TestService {
             pool: BufPool::new(64 << 20),
             gate: Semaphore::new(0),
             entered: Semaphore::new(0),
+            seen: Mutex::default(),
             running: AtomicUsize::new(0),
             most: AtomicUsize::new(0),
         })
+    }
+
+    pub(crate) fn gate(&self) -> &Semaphore {
+        &self.gate
     }
 
     async fn answer(&self, request: Request) -> Result<Reply, WireError> {
@@ -62,7 +69,10 @@ impl TestService {
     async fn method(&self, request: Request) -> Result<Reply, WireError> {
         assert!(request.peer.starts_with("tester (127.0.0.1:"), "{}", request.peer);
         match request.method {
-            ECHO => Ok(Reply { head: request.head, data: request.payload.map(Into::into) }),
+            ECHO => {
+                *self.seen.lock().unwrap().entry(request.head.clone()).or_default() += 1;
+                Ok(Reply { head: request.head, data: request.payload.map(Into::into) })
+            }
             FILL | GATED => {
                 if request.method == GATED {
                     self.entered.add_permits(1);
@@ -163,7 +173,7 @@ async fn heads_and_payloads_of_all_sizes_come_back() {
             assert!(*data == *send, "head {head}, payload {len}");
         }
     }
-    assert_eq!(client.stats().connections, 1);
+    assert_eq!(client.stats().connections, 2, "one for small calls, one for bulk");
     let (ours, theirs) = (client.stats(), server.stats.get());
     assert_eq!((ours.bytes_sent, ours.bytes_received), (theirs.bytes_received, theirs.bytes_sent));
     assert_eq!(ours.calls, theirs.calls);
@@ -213,7 +223,7 @@ async fn limits_refuse_the_call_and_keep_the_connection() {
     let error = client.call(&server.peer, call(ECHO, &vec![0; MAX_HEAD + 1])).await.unwrap_err();
     assert!(matches!(error, CallError::TooLarge { what: "head", .. }), "{error}");
     assert!(client.call(&server.peer, call(ECHO, b"x")).await.is_ok());
-    assert_eq!(client.stats().connections, 1);
+    assert_eq!(client.stats().connections, 2, "one for small calls, one for bulk");
 }
 
 #[tokio::test]
@@ -468,7 +478,7 @@ async fn random_traffic_keeps_every_byte() {
     let seen = outcomes.lock().unwrap().clone();
     assert!(seen["ok"] > 100 && seen["too large"] > 10, "{seen:?}");
     until("all memory comes back", || client.pool().in_use() == 0).await;
-    assert_eq!(client.stats().connections, 1);
+    assert_eq!(client.stats().connections, 3, "no connection was lost: one for small calls, two for bulk");
 }
 
 /// RPC as it is written, over any carrier. Returns the number of steps that held.
@@ -480,10 +490,10 @@ pub(crate) async fn rpc_contract(
     let (stop, theirs) = (CancellationToken::new(), service.clone());
     let serving = tokio::spawn({
         let stop = stop.clone();
-        async move { server::serve_link(theirs, identity(1), server, "tester (127.0.0.1:0)", stop).await }
+        async move { server::serve_link(theirs, identity(1), server, "127.0.0.1:0", stop).await }
     });
-    let connection = connection::Connection::start(ct, cr);
-    let ask = async |call: Call| connection.call(call).await.ok().expect("the link lives");
+    let connection = connection::Connection::start(ct, cr, Arc::default());
+    let ask = async |call: Call| connection.call(call).await;
     let mut steps = 0;
 
     // Payloads pulled and pushed, heads longer than a SEND.

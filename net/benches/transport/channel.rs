@@ -1,0 +1,99 @@
+//! Channels next to the bare socket: an echo of 64 bytes and a one-way stream.
+
+use crate::{MIB, PINGS, VOLUME, gigabytes, micros};
+use firefly_net::{Channel, ChannelListener, Completion, HEADER_BYTES, connect_channel};
+use firefly_types::ClusterSecret;
+use std::time::{Duration, Instant};
+
+/// Waits as a progress thread would and moves what can move.
+fn drive(channel: &mut dyn Channel, done: &mut Vec<Completion>) {
+    let (fd, writable) = channel.poll_fd();
+    let events = libc::POLLIN | if writable { libc::POLLOUT } else { 0 };
+    let mut one = libc::pollfd { fd, events, revents: 0 };
+    // SAFETY: one valid entry.
+    unsafe { libc::poll(&mut one, 1, 1000) };
+    channel.progress(done).unwrap();
+}
+
+fn send(channel: &mut dyn Channel, memory: &[u8]) {
+    let mut done = Vec::new();
+    // SAFETY: `memory` outlives the loop, which ends when it was sent.
+    unsafe { channel.post_send(1, &[0; HEADER_BYTES], memory.as_ptr(), memory.len()).unwrap() };
+    channel.progress(&mut done).unwrap();
+    while !done.contains(&Completion::Sent { token: 1 }) {
+        drive(channel, &mut done);
+    }
+}
+
+fn receive(channel: &mut dyn Channel, memory: &mut [u8]) {
+    let mut done = Vec::new();
+    let len = loop {
+        match channel.peek().unwrap() {
+            Some(next) => break next.len,
+            None => drive(channel, &mut done),
+        }
+    };
+    assert!(len <= memory.len());
+    // SAFETY: `memory` outlives the loop, which ends when it was filled.
+    unsafe { channel.post_recv(2, memory.as_mut_ptr(), len).unwrap() };
+    channel.progress(&mut done).unwrap();
+    while !done.contains(&Completion::Received { token: 2 }) {
+        drive(channel, &mut done);
+    }
+}
+
+/// One connected pair; the far end echoes and streams as it is asked.
+pub(crate) struct Pair {
+    near: Box<dyn Channel>,
+    far: Option<std::thread::JoinHandle<()>>,
+    memory: Vec<u8>,
+}
+
+impl Pair {
+    pub(crate) fn new() -> Pair {
+        let secret = ClusterSecret::from_bytes([1; 32]);
+        let listener = ChannelListener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let (addr, theirs) = (listener.local_addr(), secret.clone());
+        let soon = || Instant::now() + Duration::from_secs(10);
+        let far = std::thread::spawn(move || {
+            let (mut c, _) = listener.accept(&theirs, soon()).unwrap();
+            let (mut small, big) = ([0; 64], vec![1; MIB]);
+            loop {
+                receive(&mut *c, &mut small);
+                match small[0] {
+                    0 => send(&mut *c, &small),
+                    1 => (0..VOLUME / MIB).for_each(|_| send(&mut *c, &big)),
+                    _ => return,
+                }
+            }
+        });
+        let near = connect_channel(addr, &secret, [0; 32], soon()).unwrap();
+        Pair { near, far: Some(far), memory: vec![0; MIB] }
+    }
+
+    pub(crate) fn ping(&mut self) -> f64 {
+        let start = Instant::now();
+        for _ in 0..PINGS {
+            send(&mut *self.near, &[0; 64]);
+            receive(&mut *self.near, &mut self.memory[..64]);
+        }
+        micros(start, PINGS)
+    }
+
+    pub(crate) fn stream(&mut self) -> f64 {
+        send(&mut *self.near, &[1; 64]);
+        let start = Instant::now();
+        for _ in 0..VOLUME / MIB {
+            receive(&mut *self.near, &mut self.memory);
+        }
+        gigabytes(start, VOLUME)
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        send(&mut *self.near, &[2; 64]);
+        let far = self.far.take().expect("taken here only");
+        far.join().unwrap();
+    }
+}
