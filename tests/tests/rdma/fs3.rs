@@ -62,8 +62,7 @@ fn files_move_by_rdma_and_outlive_a_storage_server_killed_in_mid_write() {
     let seed = 0x3fdb;
     println!("seed {seed:#x}");
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut cluster =
-        cluster_on_rdma(&NetOptions { devices: vec!["rxe0".to_owned()], ..NetOptions::default() });
+    let mut cluster = cluster_on_rdma(&NetOptions::default());
     let mount = cluster.mount();
 
     // Written: to the head of a chain, and from there to the second copy.
