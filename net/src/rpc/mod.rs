@@ -186,3 +186,5 @@ mod lane_tests;
 mod proxy;
 #[cfg(test)]
 pub(crate) mod tests;
+#[cfg(test)]
+mod vanish_tests;
