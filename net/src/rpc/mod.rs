@@ -177,6 +177,8 @@ where
 }
 
 #[cfg(test)]
+mod bound_tests;
+#[cfg(test)]
 mod hostile_tests;
 #[cfg(test)]
 mod incast_tests;
