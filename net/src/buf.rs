@@ -364,7 +364,8 @@ impl fmt::Debug for Buf {
     }
 }
 
-/// Granularity of [`Heads`]: a semaphore counts in 32 bits, and heads are mostly far smaller.
+/// Granularity of [`Heads`], which a semaphore keeps in 32 bits. Heads up to it, as most are, are
+/// not counted: the number of calls in flight bounds them.
 const HEAD_UNIT: usize = 1 << 10;
 /// Heads of one connection in memory at a time, in and out: several of the longest, or thousands
 /// of usual ones.
@@ -409,7 +410,7 @@ impl Heads {
 
     /// Room for a head of `len` bytes if there is some now.
     pub(crate) fn try_take(&self, len: usize) -> Option<HeadRoom> {
-        if len == 0 {
+        if len <= HEAD_UNIT {
             return Some(HeadRoom::default());
         }
         let connection = self.connection.clone().try_acquire_many_owned(self.units(len)).ok()?;

@@ -48,13 +48,14 @@ mod verbs;
 
 pub use buf::{BUF_ALIGN, Buf, BufMut, BufPool};
 pub use channel::{
-    Channel, ChannelError, ChannelListener, Completion, HEADER_BYTES, Incoming, connect_channel,
+    Channel, ChannelCounters, ChannelError, ChannelListener, ChannelOptions, Completion, HEADER_BYTES,
+    Incoming, MOST_SOCKETS, Region, connect_channel,
 };
 pub use error::{CallError, HandshakeError, LinkError, WorkError};
 pub use fabric::{
     Class, Fabric, FabricError, FabricReport, NetOptions, RailReport, RailWork, Traffic, Transport,
 };
 pub use rpc::{
-    Call, Client, ClientOptions, ConnectionInfo, FabricInfo, Identity, MAX_HEAD, MAX_PAYLOAD, NetInfo,
-    NetStats, PeerInfo, Reply, Request, Response, Server, ServerOptions, ServerStats, Service,
+    Call, Client, ClientOptions, ConnectionInfo, Identity, MAX_HEAD, MAX_PAYLOAD, NetInfo, NetStats,
+    PeerInfo, Reply, Request, Response, Server, ServerOptions, ServerStats, Service,
 };

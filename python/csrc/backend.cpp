@@ -947,6 +947,9 @@ class FireflyBackend : public c10d::Backend {
     out["shm_bytes_received"] = s.shm_bytes_received;
     out["tcp_bytes_sent"] = s.tcp_bytes_sent;
     out["tcp_bytes_received"] = s.tcp_bytes_received;
+    out["rdma_bytes_sent"] = s.rdma_bytes_sent;
+    out["rdma_bytes_received"] = s.rdma_bytes_received;
+    out["copied_bytes"] = s.copied_bytes;
     out["reduced_bytes"] = s.reduced_bytes;
     py::dict operations;
     for (int kind = 0; kind < kKinds; kind++) {

@@ -75,7 +75,8 @@ def stats(group: dist.ProcessGroup | None = None) -> dict:
     """Counters of one group (default: all ranks) since it was made, on this rank.
 
     transport                 "shm", "tcp", "shm+tcp" or "none" (a group of one)
-    shm_bytes_*, tcp_bytes_*  bytes moved through shared memory and through the network
+    shm_bytes_*, tcp_bytes_*, rdma_bytes_*  bytes moved through shared memory, TCP and RDMA
+    copied_bytes  payload bytes copied in user space on their way through the network
     reduced_bytes             input bytes that this rank has reduced
     ops_*                     operations submitted, completed, failed
     operations                per kind: calls, bytes (of the larger side of each call on this rank) and

@@ -8,15 +8,15 @@ use crate::comm::Config;
 use crate::engine::{Engine, Names, Watch};
 use crate::fork;
 use crate::group::Parts;
-use crate::link::Link;
 use crate::local::{self, LocalPeer};
-use crate::net_link::NetLink;
+use crate::network;
+use crate::scratch::Scratch;
 use crate::shm::arena::Arena;
 use crate::shm::ring::{Doorbell, RingLink};
 use crate::shm::segment::Segment;
 use crate::store::{Store, StoreError};
 use crate::wire::Wire;
-use firefly_net::{Channel, ChannelListener, connect_channel};
+use firefly_net::{Channel, ChannelListener, ChannelOptions, connect_channel};
 use firefly_types::ClusterSecret;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::linux::net::SocketAddrExt;
@@ -169,7 +169,7 @@ pub(crate) fn form(config: &Config, store: &dyn Store) -> Result<Parts, ReduceEr
     // The ranks of this node in rank order; a rank's index among them is its ring's.
     let local: Vec<u32> = (0..size).filter(|&r| cards[r as usize].node == card.node).collect();
     let my_local = local.iter().position(|&r| r == rank).expect("a rank is on its own node");
-    let mut links: Vec<Option<(Box<dyn Link>, bool)>> = (0..size).map(|_| None).collect();
+    let mut links: Vec<Option<(Box<dyn Channel>, bool)>> = (0..size).map(|_| None).collect();
     let mut watches = Vec::new();
     let mut local_peers = Vec::new();
     let mut segment = None;
@@ -208,16 +208,25 @@ pub(crate) fn form(config: &Config, store: &dyn Store) -> Result<Parts, ReduceEr
         }
         segment = Some(mine);
     }
-    for (peer, channel) in
-        connect_remote(rank, tag, &cards, &card.node, &listener, &secret, deadline).map_err(&fail)?
-    {
-        links[peer as usize] = Some((Box::new(NetLink::new(channel)), false));
+    let mut regions = None;
+    if local.len() < size as usize {
+        let options = network::options(config)?;
+        let channels =
+            connect_remote(rank, tag, &cards, &card.node, &listener, (&secret, &options), deadline)
+                .map_err(&fail)?;
+        for (peer, channel) in channels {
+            if channel.transport() == "rdma" {
+                regions = Some(options.fabric.clone());
+            }
+            links[peer as usize] = Some((channel, false));
+        }
     }
     let now = Instant::now();
     let wire = Wire::new(rank, tag, links, now);
     let mut engine =
         Engine::new(names, wire, arena, segment, local_peers, watches, config.heartbeat_timeout, now);
     engine.liveness = config.liveness;
+    engine.scratch = Scratch::new(regions);
     Ok(Parts { engine, doorbell, timeout: config.timeout })
 }
 
@@ -275,20 +284,20 @@ fn connect_remote(
     cards: &[Card],
     node: &str,
     listener: &ChannelListener,
-    secret: &ClusterSecret,
+    (secret, options): (&ClusterSecret, &ChannelOptions),
     deadline: Instant,
 ) -> Result<RemoteChannels, String> {
     let remote = |r: &u32| cards[*r as usize].node != node;
     let mut channels = Vec::new();
     for peer in (0..rank).filter(remote) {
         let address = cards[peer as usize].address;
-        let channel = connect_channel(address, secret, hello(rank, tag), deadline)
+        let channel = connect_channel(address, secret, hello(rank, tag), deadline, options)
             .map_err(|e| format!("rank {peer} cannot be reached at {address}: {e}"))?;
         channels.push((peer, channel));
     }
     let mut expected: Vec<u32> = (rank + 1..cards.len() as u32).filter(remote).collect();
     while !expected.is_empty() {
-        let (channel, greeting) = listener.accept(secret, deadline).map_err(|e| {
+        let (channel, greeting) = listener.accept(secret, deadline, options).map_err(|e| {
             let missing: Vec<String> = expected.iter().map(u32::to_string).collect();
             format!("missing ranks: {} ({e})", missing.join(", "))
         })?;

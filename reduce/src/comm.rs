@@ -8,6 +8,8 @@ use crate::op::{Callback, OpState};
 use crate::rendezvous::Rendezvous;
 use crate::request::{Operation, RawBuf, Request};
 use crate::store::Store;
+use crate::wire::Reach;
+use firefly_net::ChannelOptions;
 use firefly_types::ClusterSecret;
 use std::collections::HashMap;
 use std::marker::PhantomData;
@@ -35,6 +37,10 @@ pub struct Config {
     pub bind_address: Option<String>,
     /// Host of the rendezvous, to find out the own address with.
     pub master_address: Option<String>,
+    /// How ranks on other nodes are reached. Default: by the process's network, as the environment
+    /// describes it (`FIREFLY_TRANSPORT`, `FIREFLY_RDMA_DEVICES`, `FIREFLY_SOCKETS`; of NCCL's
+    /// variables `NCCL_IB_DISABLE`, `NCCL_IB_HCA`, `NCCL_IB_SL` and `NCCL_IB_TC`).
+    pub channels: Option<ChannelOptions>,
     /// Silence of a remote rank's process that counts as death. Default 10 s: a busy host may
     /// starve a process for seconds; the death of a process itself is seen at once.
     pub heartbeat_timeout: Duration,
@@ -56,6 +62,7 @@ impl Config {
             secret: None,
             bind_address: None,
             master_address: None,
+            channels: None,
             heartbeat_timeout: Duration::from_secs(10),
             liveness: true,
         }
@@ -185,6 +192,11 @@ impl Communicator {
     /// Counts so far.
     pub fn stats(&self) -> Stats {
         self.group.stats()
+    }
+
+    /// How `rank` is reached; `None` for this rank itself and once the group is broken.
+    pub fn reach(&self, rank: u32) -> Option<Reach> {
+        self.group.reach(rank)
     }
 
     /// Submits an operation on raw memory; never blocks on a peer. `callback` runs exactly once,

@@ -91,7 +91,7 @@ pub(crate) struct Engine {
     pub(crate) heartbeat_timeout: Duration,
     /// Off in tests that prove that the watch is what finds deaths.
     pub(crate) liveness: bool,
-    scratch: Scratch,
+    pub(crate) scratch: Scratch,
     collectives: VecDeque<Active>,
     p2p: HashMap<u64, ActiveP2p>,
     next_p2p: u64,

@@ -10,6 +10,7 @@ use crate::engine::{Engine, Names, Submission};
 use crate::op::{Callback, OpState};
 use crate::request::{Plan, Request, Shape};
 use crate::shm::segment::Segment;
+use crate::wire::{Carried, Reach};
 use firefly_types::lock;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use std::collections::VecDeque;
@@ -50,10 +51,16 @@ pub struct Stats {
     pub shm_bytes_sent: u64,
     /// Payload bytes taken from ranks of this node through shared memory.
     pub shm_bytes_received: u64,
-    /// Bytes given to the network, headers included.
+    /// Bytes given to TCP, headers included.
     pub tcp_bytes_sent: u64,
-    /// Bytes taken from the network, headers included.
+    /// Bytes taken from TCP, headers included.
     pub tcp_bytes_received: u64,
+    /// Bytes given to RDMA devices, headers and steering included.
+    pub rdma_bytes_sent: u64,
+    /// Bytes that RDMA devices have delivered, headers and steering included.
+    pub rdma_bytes_received: u64,
+    /// Payload bytes copied in user space on their way between channels and operations' memory.
+    pub copied_bytes: u64,
     /// Input bytes that this rank has reduced.
     pub reduced_bytes: u64,
     /// Ranks reached through shared memory.
@@ -368,14 +375,25 @@ impl Group {
         stats
     }
 
+    /// How `rank` is reached; `None` for this rank itself and once the group is broken.
+    pub(crate) fn reach(&self, rank: u32) -> Option<Reach> {
+        if self.forked() {
+            return None;
+        }
+        lock(&self.engine).wire.as_ref()?.reach(rank)
+    }
+
     fn read_bytes(&self, engine: &Engine, mut stats: Stats) -> Stats {
         if let Some(wire) = &engine.wire {
-            let (shm, tcp) = wire.bytes();
+            let Carried { shm, tcp, rdma, copied } = wire.carried();
             let arena = engine.arena.as_ref().map(|a| a.counted.get()).unwrap_or_default();
             stats.shm_bytes_sent = shm.0 + arena.staged;
             stats.shm_bytes_received = shm.1 + arena.read;
             stats.tcp_bytes_sent = tcp.0;
             stats.tcp_bytes_received = tcp.1;
+            stats.rdma_bytes_sent = rdma.0;
+            stats.rdma_bytes_received = rdma.1;
+            stats.copied_bytes = copied;
             stats.reduced_bytes = engine.reduced_bytes();
             stats.local_peers = engine.local_peers.len() as u32;
             stats.remote_peers = self.names.size - 1 - stats.local_peers;

@@ -13,12 +13,15 @@ mod p2p;
 mod peers;
 
 use crate::ReduceError;
+use crate::fork::{self, Guarded};
 use crate::header::{Descriptor, Header, MessageKind};
-use crate::link::{Completion, Link};
+use firefly_net::{Channel, Completion};
 use p2p::{PostedP2p, UnexpectedP2p};
-pub(crate) use peers::Standing;
+pub use peers::Reach;
 use peers::lose;
+pub(crate) use peers::{Carried, Standing};
 use std::collections::{HashMap, VecDeque};
+use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 /// Largest message sent without asking.
@@ -69,7 +72,9 @@ enum InFlight {
 }
 
 struct Peer {
-    link: Box<dyn Link>,
+    /// Dropped before the link closes its descriptors.
+    _guards: Vec<Guarded>,
+    link: Box<dyn Channel>,
     local: bool,
     standing: Standing,
     sends: HashMap<(u64, u32), PendingSend>,
@@ -108,6 +113,14 @@ pub(crate) struct Wire {
 // complete; whoever holds the Wire is the only one to use them.
 unsafe impl Send for Wire {}
 
+/// Forked children shall close the link's descriptors.
+fn guards(link: &dyn Channel) -> Vec<Guarded> {
+    let mut fds = Vec::new();
+    link.fork_fds(&mut fds);
+    // SAFETY: the link owns the descriptors and outlives this borrow.
+    fds.into_iter().map(|fd| fork::guard(unsafe { BorrowedFd::borrow_raw(fd) })).collect()
+}
+
 fn control(kind: MessageKind, group: u32, sequence: u64, part: u32) -> Header {
     let descriptor = Descriptor { op: 0, dtype: 0, redop: 0, root: 0, count: 0 };
     Header { kind, group, sequence, part, descriptor, len: 0, extra: 0 }
@@ -118,13 +131,14 @@ impl Wire {
     pub(crate) fn new(
         rank: u32,
         group: u32,
-        links: Vec<Option<(Box<dyn Link>, bool)>>,
+        links: Vec<Option<(Box<dyn Channel>, bool)>>,
         now: Instant,
     ) -> Self {
         let peers = links
             .into_iter()
             .map(|link| {
                 link.map(|(link, local)| Peer {
+                    _guards: guards(&*link),
                     link,
                     local,
                     standing: Standing::Present,

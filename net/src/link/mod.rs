@@ -121,8 +121,8 @@ pub(crate) struct Outgoing {
     /// Request: where the reply's payload shall land, as this side's device names it.
     /// Reply: the window that came with the request.
     pub(crate) window: Option<Window>,
-    /// Held until the message is on its way; bounds what is queued.
-    #[expect(dead_code, reason = "held, not read")]
+    /// Held until the message is on its way (on RDMA: has reached the peer's device); bounds what
+    /// is queued.
     pub(crate) permit: Option<OwnedSemaphorePermit>,
 }
 

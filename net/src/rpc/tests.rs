@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 /// Generous: a test that waits for it has failed.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
 /// For calls whose answer is withheld: they time out whatever the machine's load.
-const SHORT: Duration = Duration::from_millis(50);
+pub(crate) const SHORT: Duration = Duration::from_millis(50);
 
 pub(crate) fn identity(secret: u8) -> Identity {
     let secret = ClusterSecret::from_bytes([secret; 32]);
@@ -24,7 +24,7 @@ pub(crate) fn identity(secret: u8) -> Identity {
 }
 
 pub(crate) const ECHO: u16 = 1;
-const FILL: u16 = 2;
+pub(crate) const FILL: u16 = 2;
 pub(crate) const GATED: u16 = 3;
 const PANIC: u16 = 4;
 const FAIL: u16 = 5;
@@ -58,6 +58,11 @@ impl TestService {
         &self.gate
     }
 
+    /// Handlers at work now.
+    pub(crate) fn running(&self) -> usize {
+        self.running.load(Ordering::SeqCst)
+    }
+
     async fn answer(&self, request: Request) -> Result<Reply, WireError> {
         let running = self.running.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(running, Ordering::SeqCst);
@@ -67,7 +72,7 @@ impl TestService {
     }
 
     async fn method(&self, request: Request) -> Result<Reply, WireError> {
-        assert!(request.peer.starts_with("tester (127.0.0.1:"), "{}", request.peer);
+        assert!(request.peer.starts_with("tester ("), "{}", request.peer);
         match request.method {
             ECHO => {
                 *self.seen.lock().unwrap().entry(request.head.clone()).or_default() += 1;
@@ -109,7 +114,7 @@ pub(crate) struct Running {
     pub(crate) peer: String,
     pub(crate) stats: ServerStats,
     pub(crate) pool: BufPool,
-    stop: CancellationToken,
+    pub(crate) stop: CancellationToken,
     task: JoinHandle<()>,
 }
 
@@ -492,7 +497,8 @@ pub(crate) async fn rpc_contract(
         let stop = stop.clone();
         async move { server::serve_link(theirs, identity(1), server, "127.0.0.1:0", stop).await }
     });
-    let connection = connection::Connection::start(ct, cr, Arc::default());
+    let connection =
+        connection::Connection::start(ct, cr, Arc::default(), Some(incast::Incast::new(64 << 20)));
     let ask = async |call: Call| connection.call(call).await;
     let mut steps = 0;
 

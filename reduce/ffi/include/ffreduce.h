@@ -231,11 +231,14 @@ typedef struct ffr_stats {
     uint64_t ops_failed;
     uint64_t shm_bytes_sent;    /* payload handed to ranks of this node through shared memory */
     uint64_t shm_bytes_received;
-    uint64_t tcp_bytes_sent;    /* payload and headers through the network */
+    uint64_t tcp_bytes_sent;    /* payload and headers through TCP */
     uint64_t tcp_bytes_received;
     uint64_t reduced_bytes;     /* input bytes that this rank's kernels have reduced */
     uint32_t local_peers;       /* ranks reached through shared memory */
     uint32_t remote_peers;      /* ranks reached through the network */
+    uint64_t rdma_bytes_sent;   /* payload, headers and steering through RDMA devices */
+    uint64_t rdma_bytes_received;
+    uint64_t copied_bytes;      /* payload copied in user space between channels and operations */
 } ffr_stats;
 
 /* Fills the first stats->struct_size bytes. */

@@ -334,6 +334,9 @@ pub unsafe extern "C" fn ffr_comm_stats(comm: *const FfrComm, stats: *mut FfrSta
             reduced_bytes: s.reduced_bytes,
             local_peers: s.local_peers,
             remote_peers: s.remote_peers,
+            rdma_bytes_sent: s.rdma_bytes_sent,
+            rdma_bytes_received: s.rdma_bytes_received,
+            copied_bytes: s.copied_bytes,
         };
         let n = (wanted as usize).min(size_of::<FfrStats>());
         if n < 8 {

@@ -89,9 +89,9 @@ pub struct FfrStats {
     pub shm_bytes_sent: u64,
     /// Through shared memory.
     pub shm_bytes_received: u64,
-    /// Through the network.
+    /// Through TCP.
     pub tcp_bytes_sent: u64,
-    /// Through the network.
+    /// Through TCP.
     pub tcp_bytes_received: u64,
     /// Input bytes reduced here.
     pub reduced_bytes: u64,
@@ -99,6 +99,12 @@ pub struct FfrStats {
     pub local_peers: u32,
     /// Ranks reached through the network.
     pub remote_peers: u32,
+    /// Through RDMA devices.
+    pub rdma_bytes_sent: u64,
+    /// Through RDMA devices.
+    pub rdma_bytes_received: u64,
+    /// Payload copied in user space between channels and operations.
+    pub copied_bytes: u64,
 }
 
 /// `ffr_buf`.
