@@ -15,7 +15,7 @@ use std::sync::mpsc;
 
 /// A cluster whose meta and storage servers listen on the RDMA device's addresses: 10.1.0.14, and
 /// 10.1.0.11 to 13 for storage-3 to storage-5. The manager and the scheduler speak gRPC on loopback.
-fn cluster_on_rdma(net: &NetOptions) -> Cluster {
+pub(crate) fn cluster_on_rdma(net: &NetOptions) -> Cluster {
     let cluster = Cluster::laid_out(&Shape { port_base: 0, agents: 0, ..Shape::default() });
     let address = |last: u8| IpAddr::from([10, 1, 0, last]);
     for role in cluster.local.roles().unwrap() {
@@ -31,6 +31,7 @@ fn cluster_on_rdma(net: &NetOptions) -> Cluster {
     }
     cluster.configure_commands(|description| description.net = net.clone());
     cluster.up();
+    eventually("every chain serves", || cluster.is_whole());
     cluster
 }
 
@@ -76,6 +77,20 @@ fn files_move_by_rdma_and_outlive_a_storage_server_killed_in_mid_write() {
     }
     let total = files.values().map(|f| f.len() as u64).sum::<u64>();
     Wire::now().moved_by_rdma(before, "writing two copies", 2 * total);
+
+    // The servers and the command line say the same.
+    let status = cluster.status();
+    assert_eq!(status["network"]["here"]["rails"][0]["name"], "rxe0", "{status:#}");
+    let servers = status["network"]["servers"].as_array().unwrap();
+    assert_eq!(servers.len(), 4, "{status:#}");
+    for server in servers {
+        let theirs = server["there"]["connections"].as_array().unwrap();
+        let ours = server["from_here"]["connections"].as_array().unwrap();
+        assert!(!theirs.is_empty() && !ours.is_empty(), "{server:#}");
+        for connection in theirs.iter().chain(ours) {
+            assert_eq!(connection["transport"], "rdma", "{server:#}");
+        }
+    }
 
     // Read back by a mount that has cached nothing.
     let before = Wire::now();

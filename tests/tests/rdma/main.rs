@@ -2,5 +2,6 @@
 //! scenarios call them one by one on the network that each needs.
 
 mod fs3;
+mod nolib;
 mod pair;
 mod wire;
