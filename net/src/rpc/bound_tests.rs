@@ -350,7 +350,8 @@ async fn connections_are_marked_as_their_traffic_is() {
         storage: class(0x48),
         control: class(0x10),
         ..NetOptions::default()
-    });
+    })
+    .unwrap();
     for addr in ["127.0.0.1:0", "[::1]:0"] {
         let options =
             ServerOptions { fabric: fabric.clone(), traffic: Traffic::Control, ..Default::default() };
