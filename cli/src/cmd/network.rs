@@ -137,7 +137,7 @@ impl Network {
         let told = |why: Option<&str>, place: &str| {
             why.filter(|why| Some(*why) != here).map(|why| format!("no RDMA {place}: {why}"))
         };
-        let there = server.there.as_ref().and_then(|info| info.fabric.why_not_rdma.as_deref());
+        let there = server.there.as_ref().and_then(|info| info.fabric.why_not.as_deref());
         let from_here = server.from_here.as_ref().and_then(|peer| peer.why_not_rdma.as_deref());
         told(there, "there").or_else(|| told(from_here, "from here"))
     }
@@ -199,7 +199,7 @@ fn connections_in_words(info: &NetInfo) -> String {
 mod tests {
     use super::*;
     use firefly_net::Transport;
-    use firefly_net::rpc::{ConnectionInfo, FabricInfo};
+    use firefly_net::rpc::ConnectionInfo;
 
     fn connection(transport: &str, device: Option<&str>) -> ConnectionInfo {
         ConnectionInfo {
@@ -224,7 +224,7 @@ mod tests {
                 ..PeerInfo::default()
             }),
             there: Some(NetInfo {
-                fabric: FabricInfo { why_not_rdma: there.map(str::to_owned), ..FabricInfo::default() },
+                fabric: FabricReport { why_not: there.map(str::to_owned), ..FabricReport::default() },
                 ..NetInfo::default()
             }),
             error: None,
