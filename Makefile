@@ -74,6 +74,10 @@ sim: setup-build ## More simulation: make sim SEEDS=20000 FROM=7000
 rdma: ## net's transport over real verbs, in a virtual machine with Soft-RoCE
 	tests/rdma-vm/run.sh
 
+.PHONY: torch-suite
+torch-suite: torch release python ## torch's own distributed tests on ffreduce, at 2, 3 and 4 ranks, twice
+	$(PYTHON) python/suite/torch_suite.py $(ARGS)
+
 .PHONY: test-all
 test-all: test sim rdma ## The long runs too
 
