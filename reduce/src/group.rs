@@ -120,7 +120,7 @@ impl Group {
         let local = engine.local_peers.len() + 1;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let group = Arc::new(Self {
-            shape: Shape { rank: names.rank, size: names.size, one_node: !engine.has_remote_peers() },
+            shape: Shape { rank: names.rank, size: names.size, arena: engine.arena.is_some() },
             queue: Mutex::new(Queue { sequence: 0, items: VecDeque::new() }),
             segment: engine.segment.clone(),
             engine: Mutex::new(engine),
@@ -143,6 +143,7 @@ impl Group {
             .spawn(move || runner.run())
             .map_err(|e| ReduceError::system("starting the progress thread", e))?;
         *lock(&group.thread) = Some(thread);
+        crate::elastic::retract();
         Ok(group)
     }
 
@@ -358,7 +359,7 @@ impl Group {
             engine.accept(item);
         }
         let detail = format!("rank {} aborted the group: {reason}", self.names.rank);
-        engine.fail(ReduceError::Aborted { detail });
+        engine.break_off(ReduceError::Aborted { detail });
         self.deliver(engine);
         // Its sleep may be long, and it holds descriptors of a group that is gone.
         self.wake();

@@ -69,6 +69,8 @@ pub struct FfrConfig {
     pub heartbeat_timeout_ms: u32,
     /// C string or null.
     pub bind_address: *const c_char,
+    /// Milliseconds; 0 is `timeout_ms`.
+    pub form_timeout_ms: u64,
 }
 
 /// `ffr_stats`.
