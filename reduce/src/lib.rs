@@ -26,6 +26,7 @@
 
 mod bootstrap;
 mod comm;
+pub mod doctor;
 mod dtype;
 mod engine;
 mod error;

@@ -4,6 +4,7 @@ pub mod fs;
 pub mod job;
 pub mod node;
 pub mod quickstart;
+pub mod reduce;
 pub mod run;
 pub mod status;
 pub mod up;
