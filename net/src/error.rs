@@ -3,6 +3,7 @@
 pub use crate::verbs::status::WorkError;
 use firefly_types::{ErrorKind, WireError};
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Why a call did not return a response.
@@ -46,7 +47,7 @@ pub enum CallError {
         source: io::Error,
     },
     /// The handshake failed; nothing was sent.
-    #[error("{peer} and this process do not belong together: {reason}")]
+    #[error("{peer} and this process did not come to terms: {reason}")]
     Refused {
         /// Address called.
         peer: String,
@@ -119,15 +120,17 @@ pub enum HandshakeError {
     /// The server takes no more connections now.
     #[error("the server is at its limit of connections; try again later")]
     Full,
-    /// Both sides have RDMA, but could not reach each other by this device. The connection that
-    /// was dialled for it is gone; another rail, or TCP, needs another one.
-    #[error("RDMA device {device} does not reach the other side: {reason}")]
+    /// Only RDMA may be used, and this device does not reach the other side.
+    #[error("RDMA was asked for and does not work (device {device}): {reason}")]
     Rail {
         /// This side's device.
         device: String,
         /// What failed.
         reason: String,
     },
+    /// What the sides said about their RDMA devices makes no sense.
+    #[error("the negotiation of RDMA went wrong: {0}")]
+    Negotiation(String),
     /// Took too long.
     #[error("the handshake did not finish in time")]
     TimedOut,
@@ -191,9 +194,23 @@ pub enum LinkError {
         /// What became of it.
         error: WorkError,
     },
+    /// The link had ended before, for this reason.
+    #[error("{0}")]
+    Over(Arc<LinkError>),
 }
 
 impl LinkError {
+    /// Whether it points at this side's device or the path from it rather than at the peer's
+    /// process: another way to the peer may do better.
+    pub fn is_of_the_device(&self) -> bool {
+        match self {
+            LinkError::Device { .. } => true,
+            LinkError::Work { error, .. } => error.is_of_the_path(),
+            LinkError::Over(reason) => reason.is_of_the_device(),
+            _ => false,
+        }
+    }
+
     /// The small public kind.
     pub fn kind(&self) -> ErrorKind {
         match self {
@@ -205,6 +222,7 @@ impl LinkError {
             | LinkError::Work { .. } => ErrorKind::Disconnected,
             LinkError::Protocol(_) => ErrorKind::InvalidArgument,
             LinkError::Device { .. } => ErrorKind::Unavailable,
+            LinkError::Over(reason) => reason.kind(),
         }
     }
 }

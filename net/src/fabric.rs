@@ -186,7 +186,8 @@ impl Wanted {
 }
 
 /// One rail as it is now.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct RailReport {
     /// As the system names it, such as "mlx5_0"; with ":2" for a second port.
     pub name: String,
@@ -214,6 +215,7 @@ pub struct RailReport {
 
 /// Work that this process gave to a device, since it was opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct RailWork {
     /// Queue pairs made.
     pub queue_pairs: u64,
@@ -238,7 +240,8 @@ pub struct RailWork {
 }
 
 /// What this process reaches its peers by.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct FabricReport {
     /// What was asked for.
     pub transport: Transport,

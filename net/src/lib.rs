@@ -56,6 +56,6 @@ pub use fabric::{
     Class, Fabric, FabricError, FabricReport, NetOptions, RailReport, RailWork, Traffic, Transport,
 };
 pub use rpc::{
-    Call, Client, ClientOptions, ConnectionInfo, FabricInfo, Identity, MAX_HEAD, MAX_PAYLOAD, NetInfo,
-    NetStats, PeerInfo, Reply, Request, Response, Server, ServerOptions, ServerStats, Service,
+    Call, Client, ClientOptions, ConnectionInfo, Identity, MAX_HEAD, MAX_PAYLOAD, NetInfo, NetStats,
+    PeerInfo, Reply, Request, Response, Server, ServerOptions, ServerStats, Service,
 };

@@ -3,6 +3,7 @@
 #   veth  two RDMA devices rxe0 (10.1.0.1) and rxe1 (10.1.0.2) on the two ends of a veth pair
 #         d0-d1: packets really leave one and reach the other, so that delay, loss and a link that
 #         is down can be had. One machine, one network namespace (rxe listens only in the first).
+#         10.9.0.1 is an address that is not on the pair: TCP reaches it whatever happens there.
 #   many  one RDMA device rxe0 with the addresses 10.1.0.1 and 10.1.0.11 to 10.1.0.14: a cluster of
 #         that many nodes in one machine. Packets do not leave it: no delay or loss here.
 #   pair  two machines on one wire, each with rxe0 on eth0, 10.1.0.1 and 10.1.0.2.
@@ -27,6 +28,7 @@ up() {
             done
             $IP addr add 10.1.0.1/24 dev d0
             $IP addr add 10.1.0.2/24 dev d1
+            $IP addr add 10.9.0.1/32 dev lo
             add_rxe rxe0 d0 10.1.0.1 && add_rxe rxe1 d1 10.1.0.2 ;;
         many)
             $IP link add d0 type dummy
@@ -56,6 +58,7 @@ down() {
     for device in /sys/class/infiniband/*; do
         [ ! -e "$device" ] || $RDMA link delete "$(basename "$device")"
     done
+    $IP addr del 10.9.0.1/32 dev lo 2>/dev/null
     [ ! -e /sys/class/net/d0 ] || $IP link delete d0
     if [ -e /sys/class/net/eth0 ]; then
         $IP addr flush dev eth0

@@ -84,6 +84,8 @@ impl Cluster {
     pub fn start_shape(shape: &Shape) -> Self {
         let cluster = Self::laid_out(shape);
         cluster.up();
+        // A server answers a moment before the manager lets its targets serve.
+        eventually("every chain serves", || cluster.is_whole());
         cluster
     }
 
@@ -122,6 +124,12 @@ impl Cluster {
             let mut manager = self.local.context().unwrap().manager().await.unwrap();
             ChainHealth::of(&routing(&mut manager).await.unwrap()).is_whole()
         })
+    }
+
+    /// What `ff status` says, for programs.
+    #[track_caller]
+    pub fn status(&self) -> serde_json::Value {
+        serde_json::from_str(&self.ff(&["--json", "status"]).ok()).expect("JSON")
     }
 
     /// Mounts the file system; returns where.

@@ -2,6 +2,7 @@
 
 pub mod fs;
 pub mod job;
+pub mod network;
 pub mod node;
 pub mod quickstart;
 pub mod reduce;

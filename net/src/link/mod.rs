@@ -121,9 +121,17 @@ pub(crate) struct Outgoing {
     /// Request: where the reply's payload shall land, as this side's device names it.
     /// Reply: the window that came with the request.
     pub(crate) window: Option<Window>,
-    /// Held until the message is on its way; bounds what is queued.
-    #[expect(dead_code, reason = "held, not read")]
-    pub(crate) permit: Option<OwnedSemaphorePermit>,
+    /// Held until the message is on its way (on RDMA: has reached the peer's device); bounds what
+    /// is queued.
+    pub(crate) permit: Option<Permit>,
+}
+
+/// What an answer takes up until it was written.
+pub(crate) struct Permit {
+    /// One of the calls in flight.
+    pub(crate) _call: OwnedSemaphorePermit,
+    /// What its head counts for.
+    pub(crate) _room: HeadRoom,
 }
 
 impl Outgoing {

@@ -4,7 +4,7 @@
 //! reads the answer of another: fields may be added, and those that are missing read as nothing.
 
 use super::NetStats;
-use crate::fabric::{Fabric, Transport};
+use crate::fabric::{Fabric, FabricReport};
 use crate::link::Counters;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::Ordering;
@@ -22,7 +22,7 @@ pub struct NetInfo {
     /// The process, such as "storage n3".
     pub name: String,
     /// What it has to reach its peers by.
-    pub fabric: FabricInfo,
+    pub fabric: FabricReport,
     /// Connections that others hold to it now.
     pub connections_now: usize,
     /// Some thousand of them, by name and address.
@@ -33,18 +33,6 @@ pub struct NetInfo {
     pub connections_refused: u64,
     /// Calls taken up since its start.
     pub calls: u64,
-}
-
-/// What a process has to reach its peers by.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct FabricInfo {
-    /// What was asked for.
-    pub transport: Transport,
-    /// RDMA devices in use.
-    pub rails: Vec<String>,
-    /// Why RDMA is not used, if it is not.
-    pub why_not_rdma: Option<String>,
 }
 
 /// One connection, seen from either side.
@@ -79,16 +67,6 @@ pub struct PeerInfo {
     pub connections: Vec<ConnectionInfo>,
     /// Why RDMA is not used, or not all of it, if so.
     pub why_not_rdma: Option<String>,
-}
-
-impl FabricInfo {
-    pub(super) fn of(fabric: &Fabric) -> FabricInfo {
-        FabricInfo {
-            transport: fabric.options().transport,
-            rails: fabric.rails().iter().map(|rail| rail.device.name().to_owned()).collect(),
-            why_not_rdma: fabric.why_not(),
-        }
-    }
 }
 
 /// What can be told about a connection beside its calls.
@@ -126,7 +104,7 @@ impl NetInfo {
         connections.truncate(MOST_TOLD);
         NetInfo {
             name: name.to_owned(),
-            fabric: FabricInfo::of(fabric),
+            fabric: fabric.report(),
             connections_now,
             connections,
             connections_made: stats.connections,
@@ -139,17 +117,31 @@ impl NetInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fabric::RailReport;
 
     #[test]
     fn another_releases_answer_is_read() {
-        let newer = r#"{"name":"storage n1","fabric":{"transport":"auto","rails":["mlx5_0"],"speed":400},
+        let newer = r#"{"name":"storage n1","fabric":{"transport":"auto","rails":[{"name":"mlx5_0","speed":400}],"more":1},
             "connections":[{"address":"10.0.0.2:1","transport":"rdma","colour":"red"}],"more":{}}"#;
         let info: NetInfo = serde_json::from_str(newer).unwrap();
         assert_eq!(
             (info.fabric.rails, info.connections[0].transport.as_str()),
-            (vec!["mlx5_0".into()], "rdma")
+            (vec![RailReport { name: "mlx5_0".into(), ..Default::default() }], "rdma")
         );
         assert_eq!(serde_json::from_str::<NetInfo>("{}").unwrap(), NetInfo::default());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_is_told_does_no_harm(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300)) {
+            let _ = serde_json::from_slice::<NetInfo>(&bytes);
+            let mut text = serde_json::to_vec(&NetInfo::default()).unwrap();
+            for (at, byte) in bytes.iter().enumerate().take(8) {
+                let at = (at * 37 + usize::from(*byte)) % text.len();
+                text[at] = *byte;
+            }
+            let _ = serde_json::from_slice::<NetInfo>(&text);
+        }
     }
 
     #[test]
@@ -160,6 +152,6 @@ mod tests {
             NetInfo::new("b", &Fabric::tcp(), vec![connection], NetStats { calls: 7, ..Default::default() });
         let text = serde_json::to_string(&info).unwrap();
         assert_eq!(serde_json::from_str::<NetInfo>(&text).unwrap(), info);
-        assert_eq!(info.fabric.why_not_rdma.as_deref(), Some("TCP was asked for"));
+        assert_eq!(info.fabric.why_not.as_deref(), Some("TCP was asked for"));
     }
 }

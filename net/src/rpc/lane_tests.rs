@@ -223,7 +223,7 @@ async fn both_sides_tell_who_is_connected_how() {
     let ours = client.peers();
     assert_eq!((ours.len(), ours[0].address.as_str()), (1, server.peer.as_str()));
     assert_eq!(ours[0].why_not_rdma.as_deref(), Some("TCP was asked for"));
-    assert_eq!(client.fabric_info().why_not_rdma, ours[0].why_not_rdma);
+    assert_eq!(client.fabric_report().why_not, ours[0].why_not_rdma);
     let bytes = |list: &[ConnectionInfo]| list.iter().map(|c| c.bytes_sent.max(c.bytes_received)).max();
     assert!(bytes(&ours[0].connections) >= Some(MIB as u64));
     service.gate().add_permits(1);

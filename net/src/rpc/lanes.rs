@@ -45,8 +45,12 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    pub(super) fn new(transport: Transport, rails: usize, why_none: Option<&str>, tcp_lanes: usize) -> Plan {
-        let why_none = why_none.map(str::to_owned);
+    pub(super) fn new(
+        transport: Transport,
+        rails: usize,
+        why_none: Option<String>,
+        tcp_lanes: usize,
+    ) -> Plan {
         Plan { transport, rails: vec![Rail::default(); rails], why_none, tcp_lanes: tcp_lanes.max(1) }
     }
 
@@ -77,10 +81,7 @@ impl Plan {
         let in_order = (0..count).map(|i| (from + i) % count);
         match in_order.into_iter().find(|rail| self.is_usable(*rail, now)) {
             Some(rail) => Ok(Want::Rail(rail)),
-            None if self.transport == Transport::Rdma => {
-                let why = self.why_not().unwrap_or_default();
-                Err(format!("RDMA was asked for and does not work: {why}"))
-            }
+            None if self.transport == Transport::Rdma => Err(self.why_not().unwrap_or_default()),
             None => Ok(Want::Tcp),
         }
     }
@@ -146,12 +147,15 @@ mod tests {
     #[test]
     fn without_a_way_the_reason_is_told() {
         let now = Instant::now();
-        let none = Plan::new(Transport::Rdma, 0, Some("no RDMA device was found"), 2);
+        let none = Plan::new(Transport::Rdma, 0, Some("no RDMA device was found".into()), 2);
         assert!(none.want(1, now).unwrap_err().contains("no RDMA device was found"));
         let mut one = Plan::new(Transport::Rdma, 1, None, 2);
         one.failed(0, "rxe0 does not reach it".into(), now, NO_JITTER);
         assert!(one.want(1, now).unwrap_err().contains("rxe0 does not reach it"));
-        assert_eq!(Plan::new(Transport::Tcp, 0, Some("TCP was asked for"), 2).want(1, now), Ok(Want::Tcp));
+        assert_eq!(
+            Plan::new(Transport::Tcp, 0, Some("TCP was asked for".into()), 2).want(1, now),
+            Ok(Want::Tcp)
+        );
     }
 
     proptest! {

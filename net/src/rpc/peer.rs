@@ -1,8 +1,9 @@
 //! The lanes to one server: dialled when needed, again when lost, and each call given the best of
 //! those that live.
 
-use super::carrier::{Carriers, Link, Want};
+use super::carrier::{Carriers, Link, Made, Want};
 use super::connection::Connection;
+use super::incast::Incast;
 use super::info::PeerInfo;
 use super::lanes::{Class, Plan};
 use super::{ClientOptions, Identity, drive_handshake};
@@ -28,15 +29,16 @@ pub(super) struct Dialer {
     pub(super) identity: Identity,
     pub(super) options: ClientOptions,
     pub(super) heads: Heads,
+    pub(super) incast: Arc<Incast>,
     pub(super) counters: Arc<Counters>,
     pub(super) connections: AtomicU64,
     pub(super) refused: AtomicU64,
 }
 
 impl Dialer {
-    /// Connects to `peer` as `want` says. Says with the connection whether it is what was wanted:
-    /// a server without RDMA turns a rail into TCP.
-    async fn dial(&self, peer: &str, want: Want) -> Result<(Arc<Connection>, bool), CallError> {
+    /// Connects to `peer` as `want` says. Says with the connection why it is TCP if a rail was
+    /// wanted: it does not reach the server.
+    async fn dial(&self, peer: &str, want: Want) -> Result<(Arc<Connection>, Option<String>), CallError> {
         let unreachable = |source| CallError::Unreachable { peer: peer.to_owned(), source };
         let mut stream = tokio::time::timeout(self.options.connect_time, TcpStream::connect(peer))
             .await
@@ -52,19 +54,20 @@ impl Dialer {
         tcp::configure(&stream, &link).map_err(unreachable)?;
         let Identity { cluster, secret, name } = &self.identity;
         let terms = Terms::new(*cluster, secret, Purpose::Rpc);
-        let (mut machine, hello) =
-            Initiator::start(terms, name, self.carriers.hello(want), handshake::nonce());
+        let plan = self.carriers.plan(want, &stream);
+        let (mut machine, hello) = Initiator::start(terms, name, plan.hello(), handshake::nonce());
         let shake = async {
             use tokio::io::AsyncWriteExt;
             stream.write_all(&hello).await.map_err(|e| HandshakeError::Ended(e.to_string()))?;
-            drive_handshake(&mut stream, &mut machine, Initiator::wants, Initiator::feed).await?;
-            self.carriers.dial(want, stream, link).await
+            let agreed =
+                drive_handshake(&mut stream, &mut machine, Initiator::wants, Initiator::feed).await?;
+            Ok((agreed.version, plan.dial(stream, link).await?))
         };
         let dialled = tokio::time::timeout(self.options.handshake_time, shake)
             .await
             .unwrap_or(Err(HandshakeError::TimedOut));
-        let link = match dialled {
-            Ok(link) => link,
+        let (version, Made { link, why_tcp }) = match dialled {
+            Ok(dialled) => dialled,
             // A server that goes away meanwhile is no stranger; ask again later.
             Err(HandshakeError::Ended(reason)) => {
                 return Err(unreachable(io::Error::new(io::ErrorKind::ConnectionReset, reason)));
@@ -75,12 +78,13 @@ impl Dialer {
             }
         };
         self.connections.fetch_add(1, Ordering::Relaxed);
-        let as_wanted = matches!(link, Link::Verbs(_)) == matches!(want, Want::Rail(_));
+        // A server of an older release sends its replies unasked, and they are not counted.
+        let incast = (version >= handshake::VERSION_GRANTS).then(|| self.incast.clone());
         let connection = match link {
-            Link::Tcp((tx, rx)) => Connection::start(tx, rx, counters),
-            Link::Verbs((tx, rx)) => Connection::start(tx, rx, counters),
+            Link::Tcp((tx, rx)) => Connection::start(tx, rx, counters, incast),
+            Link::Verbs((tx, rx)) => Connection::start(tx, rx, counters, incast),
         };
-        Ok((connection, as_wanted))
+        Ok((connection, why_tcp))
     }
 }
 
@@ -124,7 +128,8 @@ impl Peer {
         let fabric = &dialer.options.fabric;
         let transport = fabric.options().transport;
         let tcp_lanes = dialer.options.tcp_lanes;
-        let plan = Plan::new(transport, dialer.carriers.rails(), fabric.why_not().as_deref(), tcp_lanes);
+        let (rails, why_none) = dialer.carriers.rails_to(address);
+        let plan = Plan::new(transport, rails, why_none, tcp_lanes);
         let lanes = (0..plan.most_lanes()).map(|_| Lane::default()).collect();
         Peer {
             address: address.to_owned(),
@@ -289,39 +294,38 @@ impl Peer {
             let wanted = lock(&self.plan).want(lane, Instant::now());
             let want = wanted.map_err(|why| self.no_way(why))?;
             match (self.dialer.dial(&self.address, want).await, want) {
-                (Ok((connection, true)), Want::Rail(rail)) => {
+                (Ok((connection, None)), Want::Rail(rail)) => {
                     lock(&self.plan).worked(rail);
                     return Ok(Current { want, connection });
                 }
-                (Ok((connection, true)), Want::Tcp) => return Ok(Current { want, connection }),
-                (Ok((connection, false)), Want::Rail(rail)) => {
-                    let why = "the server uses no RDMA".to_owned();
-                    let mut plan = lock(&self.plan);
-                    plan.failed(rail, why.clone(), Instant::now(), jitter());
-                    if plan.want(lane, Instant::now()).is_err() {
-                        connection.close(&why);
-                        return Err(self.no_way(format!("RDMA was asked for and does not work: {why}")));
+                (Ok((connection, Some(why))), Want::Rail(rail)) => {
+                    tracing::info!(peer = self.address, rail, %why, "a rail does not reach a server");
+                    let next = {
+                        let mut plan = lock(&self.plan);
+                        plan.failed(rail, why.clone(), Instant::now(), jitter());
+                        plan.want(lane, Instant::now())
+                    };
+                    if next == Ok(Want::Tcp) {
+                        return Ok(Current { want: Want::Tcp, connection });
                     }
-                    return Ok(Current { want: Want::Tcp, connection });
+                    connection.close(&why);
                 }
+                (Ok((connection, _)), Want::Tcp) => return Ok(Current { want, connection }),
                 (
-                    Err(CallError::Refused { reason: reason @ HandshakeError::Rail { .. }, .. }),
+                    Err(CallError::Refused { reason: HandshakeError::Rail { reason, .. }, .. }),
                     Want::Rail(rail),
                 ) => {
-                    tracing::warn!(peer = self.address, %reason, "trying another way");
-                    lock(&self.plan).failed(rail, reason.to_string(), Instant::now(), jitter());
+                    tracing::warn!(peer = self.address, rail, %reason, "a rail does not reach a server");
+                    lock(&self.plan).failed(rail, reason, Instant::now(), jitter());
                 }
                 (Err(error), _) => return Err(error),
-                (Ok((connection, false)), Want::Tcp) => {
-                    connection.close("TCP was wanted");
-                    return Err(self.no_way("TCP was wanted and not given".into()));
-                }
             }
         }
     }
 
-    fn no_way(&self, why: String) -> CallError {
-        CallError::Unreachable { peer: self.address.clone(), source: io::Error::other(why) }
+    fn no_way(&self, reason: String) -> CallError {
+        let reason = HandshakeError::Rail { device: "any".into(), reason };
+        CallError::Refused { peer: self.address.clone(), reason }
     }
 }
 

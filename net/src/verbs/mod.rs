@@ -6,9 +6,11 @@
 
 pub(crate) mod device;
 pub(crate) mod ffi;
+pub(crate) mod negotiate;
 pub(crate) mod port;
 pub(crate) mod queue;
 pub(crate) mod rail;
+pub(crate) mod slab;
 pub(crate) mod status;
 
 pub(crate) use device::{Device, Keys, Reach, Region};

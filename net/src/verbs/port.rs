@@ -105,6 +105,20 @@ impl Port {
     }
 }
 
+impl Port {
+    /// The same port, with the address that suits a peer at `gid` who has dialled `ip`: that very
+    /// address if it is this port's, else one of the peer's network, else the first.
+    pub(crate) fn toward(&self, gid: &[u8; 16], ip: IpAddr) -> Port {
+        let mut port = self.at(ip);
+        if port.gid.address() != ip.to_canonical()
+            && let Some(near) = self.gids.iter().find(|g| same_network(&g.raw, gid))
+        {
+            port.gid = *near;
+        }
+        port
+    }
+}
+
 /// Orders the addresses of a port, the one to use first.
 pub(crate) fn sort_gids(link: LinkLayer, mut gids: Vec<Gid>) -> Vec<Gid> {
     gids.retain(|g| g.raw != [0; 16]);

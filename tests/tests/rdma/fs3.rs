@@ -13,25 +13,36 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::sync::mpsc;
 
-/// A cluster whose meta and storage servers listen on the RDMA device's addresses: 10.1.0.14, and
-/// 10.1.0.11 to 13 for storage-3 to storage-5. The manager and the scheduler speak gRPC on loopback.
-fn cluster_on_rdma(net: &NetOptions) -> Cluster {
+/// A cluster whose meta and storage servers listen on `address(node number)`. The manager and the
+/// scheduler speak gRPC on loopback.
+pub(crate) fn cluster_at(
+    address: impl Fn(u32) -> IpAddr,
+    servers: &NetOptions,
+    commands: &NetOptions,
+) -> Cluster {
     let cluster = Cluster::laid_out(&Shape { port_base: 0, agents: 0, ..Shape::default() });
-    let address = |last: u8| IpAddr::from([10, 1, 0, last]);
     for role in cluster.local.roles().unwrap() {
         cluster.configure(&role, |config| {
-            config.net = net.clone();
+            config.net = servers.clone();
             if let Some(meta) = &mut config.meta {
-                meta.listen.set_ip(address(14));
+                meta.listen.set_ip(address(meta.node_id));
             }
             if let Some(storage) = &mut config.storage {
-                storage.listen.set_ip(address(8 + storage.node_id as u8));
+                storage.listen.set_ip(address(storage.node_id));
             }
         });
     }
-    cluster.configure_commands(|description| description.net = net.clone());
+    cluster.configure_commands(|description| description.net = commands.clone());
     cluster.up();
+    eventually("every chain serves", || cluster.is_whole());
     cluster
+}
+
+/// A cluster on the addresses of one RDMA device: 10.1.0.11 to 13 for the storage servers, 14 for
+/// the meta server.
+pub(crate) fn cluster_on_rdma(net: &NetOptions) -> Cluster {
+    let last = |node| if node < 3 { 14 } else { 8 + node as u8 };
+    cluster_at(|node| IpAddr::from([10, 1, 0, last(node)]), net, net)
 }
 
 pub(crate) fn content(rng: &mut ChaCha8Rng, len: usize) -> Vec<u8> {
@@ -62,8 +73,7 @@ fn files_move_by_rdma_and_outlive_a_storage_server_killed_in_mid_write() {
     let seed = 0x3fdb;
     println!("seed {seed:#x}");
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut cluster =
-        cluster_on_rdma(&NetOptions { devices: vec!["rxe0".to_owned()], ..NetOptions::default() });
+    let mut cluster = cluster_on_rdma(&NetOptions::default());
     let mount = cluster.mount();
 
     // Written: to the head of a chain, and from there to the second copy.
@@ -77,6 +87,20 @@ fn files_move_by_rdma_and_outlive_a_storage_server_killed_in_mid_write() {
     }
     let total = files.values().map(|f| f.len() as u64).sum::<u64>();
     Wire::now().moved_by_rdma(before, "writing two copies", 2 * total);
+
+    // The servers and the command line say the same.
+    let status = cluster.status();
+    assert_eq!(status["network"]["here"]["rails"][0]["name"], "rxe0", "{status:#}");
+    let servers = status["network"]["servers"].as_array().unwrap();
+    assert_eq!(servers.len(), 4, "{status:#}");
+    for server in servers {
+        let theirs = server["there"]["connections"].as_array().unwrap();
+        let ours = server["from_here"]["connections"].as_array().unwrap();
+        assert!(!theirs.is_empty() && !ours.is_empty(), "{server:#}");
+        for connection in theirs.iter().chain(ours) {
+            assert_eq!(connection["transport"], "rdma", "{server:#}");
+        }
+    }
 
     // Read back by a mount that has cached nothing.
     let before = Wire::now();

@@ -4,9 +4,7 @@ use crate::fs3::{check, content, write};
 use crate::wire::{PACKET_BYTES, Wire};
 use bytes::Bytes;
 use firefly_cli::local::Shape;
-use firefly_net::{
-    BufMut, Call, CallError, Client, Fabric, Identity, NetOptions, Reply, Request, Response, Server, Service,
-};
+use firefly_net::{BufMut, Call, CallError, Client, Identity, Reply, Request, Response, Server, Service};
 use firefly_tests::{Cluster, eventually};
 use firefly_types::{ClusterId, ClusterSecret, ErrorKind, WireError};
 use futures::future::BoxFuture;
@@ -54,13 +52,7 @@ fn sync(name: &str) -> PathBuf {
     PathBuf::from(std::env::var("SHARE").expect("SHARE is the shared folder")).join("sync").join(name)
 }
 
-fn fabric() {
-    // May be there already: tests of one process share it.
-    let _ = Fabric::install(NetOptions { devices: vec!["rxe0".to_owned()], ..NetOptions::default() });
-}
-
 fn client() -> (Client, String) {
-    fabric();
     (Client::new(identity("machine one")), server().to_string())
 }
 
@@ -96,7 +88,6 @@ async fn first_call(client: &Client, peer: &str) {
 fn machine_two_serves() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let stop = CancellationToken::new();
-    fabric();
     let served = Server::bind(server(), identity("machine two"), Arc::new(Echo)).unwrap();
     let stats = served.stats();
     let running = runtime.spawn(served.run(stop.clone()));
@@ -198,7 +189,6 @@ fn files_outlive_the_machine_that_holds_their_other_copies() {
     let mut manager = None;
     for role in cluster.local.roles().unwrap() {
         cluster.configure(&role, |config| {
-            config.net.devices = vec!["rxe0".to_owned()];
             // gRPC crosses the wire too: the other machine's server asks the manager.
             if let Some(section) = &mut config.manager {
                 section.listen.set_ip(here);
@@ -222,7 +212,6 @@ fn files_outlive_the_machine_that_holds_their_other_copies() {
     }
     cluster.configure_commands(|description| {
         description.manager = manager.clone().unwrap();
-        description.net.devices = vec!["rxe0".to_owned()];
     });
     // The other machine's script starts what it finds.
     let state = cluster.local.state();

@@ -14,12 +14,20 @@ pub(crate) struct Wire {
     pub(crate) tcp_bytes: u64,
 }
 
+fn number(path: &str) -> u64 {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{path}: {e}"));
+    text.trim().parse().unwrap()
+}
+
+/// Requests that the devices of a veth pair had to send again.
+pub(crate) fn resent() -> u64 {
+    let of =
+        |device| number(&format!("/sys/class/infiniband/{device}/ports/1/hw_counters/completer_retry_err"));
+    of("rxe0") + of("rxe1")
+}
+
 impl Wire {
     pub(crate) fn now() -> Self {
-        let number = |path: &str| {
-            let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{path}: {e}"));
-            text.trim().parse().unwrap()
-        };
         Self {
             rdma_packets: number("/sys/class/infiniband/rxe0/ports/1/hw_counters/sent_pkts"),
             rdma_received: number("/sys/class/infiniband/rxe0/ports/1/hw_counters/rcvd_pkts"),
