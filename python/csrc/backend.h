@@ -373,7 +373,10 @@ class FireflyBackend : public c10d::Backend {
     const ffr_status status = ffr_comm_stats(comm.get(), &s);
     if (status != FFR_OK) throwLast(status);
     py::dict out;
-    out["transport"] = s.remote_peers ? (s.local_peers ? "shm+tcp" : "tcp") : (s.local_peers ? "shm" : "none");
+    std::string transport = s.local_peers ? "shm" : "";
+    if (s.rdma_peers) transport += transport.empty() ? "rdma" : "+rdma";
+    if (s.remote_peers > s.rdma_peers) transport += transport.empty() ? "tcp" : "+tcp";
+    out["transport"] = transport.empty() ? "none" : transport;
     out["local_peers"] = s.local_peers;
     out["remote_peers"] = s.remote_peers;
     out["ops_submitted"] = s.ops_submitted;

@@ -106,7 +106,7 @@ def install_as(*names: str) -> None:
 def stats(group: dist.ProcessGroup | None = None) -> dict:
     """Counters of one group (default: all ranks) since it was made, on this rank.
 
-    transport                 "shm", "tcp", "shm+tcp" or "none" (a group of one)
+    transport                 "shm", "rdma", "tcp", several with "+" between, or "none" (a group of one)
     shm_bytes_*, tcp_bytes_*, rdma_bytes_*  bytes moved through shared memory, TCP and RDMA
     copied_bytes  payload bytes copied in user space on their way through the network
     reduced_bytes             input bytes that this rank has reduced

@@ -27,6 +27,7 @@
 mod bootstrap;
 mod comm;
 mod cutoffs;
+pub mod doctor;
 mod dtype;
 mod elastic;
 mod engine;

@@ -252,6 +252,8 @@ typedef struct ffr_stats {
     uint64_t rdma_bytes_sent;   /* payload, headers and steering through RDMA devices */
     uint64_t rdma_bytes_received;
     uint64_t copied_bytes;      /* payload copied in user space between channels and operations */
+    uint32_t rdma_peers;        /* of remote_peers, those reached by RDMA */
+    uint32_t reserved1;
 } ffr_stats;
 
 /* Fills the first stats->struct_size bytes. */

@@ -395,6 +395,8 @@ pub unsafe extern "C" fn ffr_comm_stats(comm: *const FfrComm, stats: *mut FfrSta
             rdma_bytes_sent: s.rdma_bytes_sent,
             rdma_bytes_received: s.rdma_bytes_received,
             copied_bytes: s.copied_bytes,
+            rdma_peers: s.rdma_peers,
+            reserved1: 0,
         };
         let n = (wanted as usize).min(size_of::<FfrStats>());
         if n < 8 {

@@ -107,6 +107,10 @@ pub struct FfrStats {
     pub rdma_bytes_received: u64,
     /// Payload copied in user space between channels and operations.
     pub copied_bytes: u64,
+    /// Of the remote peers, those reached by RDMA.
+    pub rdma_peers: u32,
+    /// 0.
+    pub reserved1: u32,
 }
 
 /// `ffr_buf`.
