@@ -127,6 +127,12 @@ pub enum HandshakeError {
         /// What failed.
         reason: String,
     },
+    /// The server asks for TLS and this side did not use it.
+    #[error("the server uses TLS and this side does not; set `tls` alike on both")]
+    TlsWanted,
+    /// TLS was not agreed on.
+    #[error("TLS failed: {0}")]
+    Tls(String),
     /// Took too long.
     #[error("the handshake did not finish in time")]
     TimedOut,

@@ -64,6 +64,10 @@ pub struct NetOptions {
     /// RDMA devices to use, such as "mlx5_0". Default: all whose port is active.
     /// `FIREFLY_RDMA_DEVICES` (names with commas between) overrides it.
     pub devices: Vec<String>,
+    /// Encrypt what goes between members, by TLS 1.3 on TCP: for networks that others can read or
+    /// write. Default no: members are trusted to deliver what they send, and encrypting costs about
+    /// a core for each two gigabytes a second. RDMA is not used then. Must be alike on all.
+    pub tls: bool,
     /// File data.
     pub storage: Class,
     /// Metadata and other small calls.
@@ -104,6 +108,10 @@ impl Fabric {
     /// Opens what `options` allows and this machine has. Never fails: a machine without RDMA uses
     /// TCP, and [`Fabric::why_not`] says why.
     pub fn open(options: NetOptions) -> Fabric {
+        if options.tls {
+            let why_not = Some("TLS was asked for, which RDMA does not carry".to_owned());
+            return Fabric(Arc::new(Inner { options, rails: Vec::new(), why_not }));
+        }
         let (mut rails, mut why_not) = (Vec::new(), None);
         if options.transport == Transport::Tcp {
             why_not = Some("TCP was asked for".to_owned());

@@ -5,7 +5,7 @@
 use super::{HandshakeError, ended};
 use crate::error::LinkError;
 use crate::fabric::Fabric;
-use crate::link::{LinkOptions, tcp, verbs};
+use crate::link::{LinkOptions, tcp, tls, verbs};
 use crate::verbs::Device;
 use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -29,6 +29,7 @@ pub(super) enum Want {
 /// A connection on its carrier.
 pub(super) enum Link {
     Tcp((tcp::TcpTx, tcp::TcpRx)),
+    Tls((tcp::TcpTx<tls::TlsWrite>, tcp::TcpRx<tls::TlsRead>)),
     Verbs((verbs::VerbsTx, verbs::VerbsRx)),
 }
 
