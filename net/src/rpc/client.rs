@@ -82,6 +82,11 @@ impl Client {
         Client::with_options(identity, ClientOptions::default())
     }
 
+    /// A client with default options for one kind of traffic.
+    pub fn of(identity: Identity, traffic: Traffic) -> Client {
+        Client::with_options(identity, ClientOptions { traffic, ..ClientOptions::default() })
+    }
+
     /// A client with these options.
     pub fn with_options(identity: Identity, options: ClientOptions) -> Client {
         let pool = BufPool::new(options.pool_bytes);

@@ -30,10 +30,18 @@ pub(super) async fn serve_raw(listener: &TcpListener) -> TcpStream {
 
 /// The same in some versions of the protocol only.
 pub(super) async fn serve_raw_in(listener: &TcpListener, versions: (u16, u16)) -> TcpStream {
+    try_serve_raw(listener, versions).await.unwrap()
+}
+
+/// The same for a client that may give up meanwhile.
+pub(super) async fn try_serve_raw(
+    listener: &TcpListener,
+    versions: (u16, u16),
+) -> Result<TcpStream, HandshakeError> {
     let (mut stream, _) = listener.accept().await.unwrap();
     let mut machine = Responder::new(Terms { versions, ..terms(1) }, handshake::nonce());
-    drive_handshake(&mut stream, &mut machine, Responder::wants, Responder::feed).await.unwrap();
-    stream
+    drive_handshake(&mut stream, &mut machine, Responder::wants, Responder::feed).await?;
+    Ok(stream)
 }
 
 pub(super) fn header(kind: FrameKind, call: u64, payload_len: u32) -> Header {

@@ -177,6 +177,8 @@ where
 }
 
 #[cfg(test)]
+mod bound_tests;
+#[cfg(test)]
 mod hostile_tests;
 #[cfg(test)]
 mod incast_tests;
@@ -186,3 +188,5 @@ mod lane_tests;
 mod proxy;
 #[cfg(test)]
 pub(crate) mod tests;
+#[cfg(test)]
+mod vanish_tests;

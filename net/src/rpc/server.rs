@@ -9,11 +9,11 @@ use super::outbox::{Outbox, Say};
 use super::{
     HANDSHAKE_TIME, Identity, NetStats, Reply, Request, SMALL, STALL_TIME, Service, drive_handshake,
 };
-use crate::buf::{Buf, BufPool, Heads};
+use crate::buf::{Buf, BufPool, HeadRoom, Heads};
 use crate::error::{HandshakeError, LinkError};
 use crate::fabric::{Fabric, Traffic};
 use crate::handshake::{self, Purpose, Responder, Terms};
-use crate::link::{Counters, LinkOptions, LinkRx, LinkTx, Outgoing, tcp};
+use crate::link::{Counters, LinkOptions, LinkRx, LinkTx, Outgoing, Permit, tcp};
 use bytes::Bytes;
 use firefly_types::{ErrorKind, WireError, lock};
 use futures::FutureExt;
@@ -21,7 +21,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -168,6 +168,11 @@ impl Server {
         &self.shared.options.pool
     }
 
+    #[cfg(test)]
+    pub(super) fn heads(&self) -> Heads {
+        self.shared.heads.clone()
+    }
+
     /// A handle on the counters.
     pub fn stats(&self) -> ServerStats {
         ServerStats(self.shared.totals.clone())
@@ -239,11 +244,11 @@ async fn serve(
         tracing::warn!(peer = %addr, reason = %error, "refused a connection");
     };
     let member = members.try_acquire_owned();
-    let counters = Counters::part_of(&shared.totals.bytes);
+    let (counters, heads) = (Counters::part_of(&shared.totals.bytes), shared.heads.of_connection());
     let link = LinkOptions {
         counters: counters.clone(),
         stall: stall_time,
-        heads: shared.heads.of_connection(),
+        heads: heads.clone(),
         class: shared.options.fabric.options().class(shared.options.traffic),
     };
     if let Err(e) = tcp::configure(&stream, &link) {
@@ -267,10 +272,10 @@ async fn serve(
         Err(error) => return refuse(error),
     };
     drop(room);
-    let who = (name, addr.to_string());
+    let (who, counts) = ((name, addr.to_string()), (counters, heads));
     let reason = match link {
-        Link::Tcp((tx, rx)) => carry(&shared, tx, rx, who, counters, stop).await,
-        Link::Verbs((tx, rx)) => carry(&shared, tx, rx, who, counters, stop).await,
+        Link::Tcp((tx, rx)) => carry(&shared, tx, rx, who, counts, stop).await,
+        Link::Verbs((tx, rx)) => carry(&shared, tx, rx, who, counts, stop).await,
     };
     tracing::debug!(peer = %addr, %reason, "disconnected");
 }
@@ -308,6 +313,9 @@ struct Serving {
     outbox: Arc<dyn Say>,
     /// One for each call in flight, until its answer was written.
     permits: Arc<Semaphore>,
+    /// What long heads take up, in both directions, and the answers that wait for it.
+    heads: Heads,
+    long_waiting: AtomicUsize,
     asking: Arc<Semaphore>,
     parked: Mutex<Parking>,
     name: String,
@@ -323,7 +331,7 @@ async fn carry<T: LinkTx, R: LinkRx>(
     tx: T,
     mut rx: R,
     (name, address): (String, String),
-    counters: Arc<Counters>,
+    (counters, heads): (Arc<Counters>, Heads),
     stop: CancellationToken,
 ) -> String {
     let peer = format!("{name} ({address})");
@@ -335,6 +343,8 @@ async fn carry<T: LinkTx, R: LinkRx>(
         shared: shared.clone(),
         outbox: outbox.clone(),
         permits,
+        heads,
+        long_waiting: AtomicUsize::new(0),
         asking: Arc::new(Semaphore::new(MAX_ASKING)),
         parked: Mutex::default(),
         name,
@@ -428,6 +438,11 @@ impl Serving {
                 self.while_not_reading(permit).await.expect("the semaphore is never closed")
             }
         };
+        if self.long_waiting.load(Ordering::Relaxed) > 0 {
+            // In line behind the answers that wait to be sent: a peer that does not read them gets
+            // no more of them made.
+            drop(self.while_not_reading(self.heads.take_some()).await);
+        }
         let incoming = rx.recv().await?;
         let Header { kind, call, method, payload_len, aux, .. } = incoming.header;
         match kind {
@@ -603,7 +618,8 @@ struct Answer {
 }
 
 impl Answer {
-    /// Answers. With `now`, at once; otherwise the reader's next flush does.
+    /// Answers. With `now`, at once; otherwise the reader's next flush does. An answer with a long
+    /// head waits for room in a task of its own.
     fn send(self, result: Result<Reply, WireError>, now: bool) {
         let result = result.and_then(|reply| {
             let (head, data) = (reply.head.len(), reply.data.as_ref().map_or(0, |d| d.len()));
@@ -654,7 +670,22 @@ impl Answer {
     }
 
     fn say(self, header: Header, head: Bytes, payload: Option<Buf>, now: bool) {
-        let answer = Outgoing { header, head, payload, window: self.window, permit: Some(self.permit) };
+        let serving = self.serving.clone();
+        let Some(room) = serving.heads.try_take(head.len()) else {
+            serving.long_waiting.fetch_add(1, Ordering::Relaxed);
+            tokio::spawn(async move {
+                let room = serving.heads.take(head.len()).await;
+                serving.long_waiting.fetch_sub(1, Ordering::Relaxed);
+                self.say_in(room, header, head, payload, true);
+            });
+            return;
+        };
+        self.say_in(room, header, head, payload, now);
+    }
+
+    fn say_in(self, room: HeadRoom, header: Header, head: Bytes, payload: Option<Buf>, now: bool) {
+        let permit = Some(Permit { _call: self.permit, _room: room });
+        let answer = Outgoing { header, head, payload, window: self.window, permit };
         let outbox = &self.serving.outbox;
         // Fails only if the connection is gone, and then nobody wants the answer.
         let _ = if now { outbox.say(answer) } else { outbox.queue(answer) };
@@ -671,5 +702,5 @@ pub(super) async fn serve_link<T: LinkTx, R: LinkRx>(
     stop: CancellationToken,
 ) -> String {
     let shared = Shared::new(identity, service, ServerOptions::default());
-    carry(&Arc::new(shared), tx, rx, ("tester".into(), peer.to_owned()), Arc::default(), stop).await
+    carry(&Arc::new(shared), tx, rx, ("tester".into(), peer.to_owned()), Default::default(), stop).await
 }

@@ -27,7 +27,7 @@ mod wire;
 
 pub(crate) use connect::Draft;
 
-use super::{Counters, Incoming, LinkOptions, LinkRx, LinkTx, Outgoing, Register, Window};
+use super::{Counters, Incoming, LinkOptions, LinkRx, LinkTx, Outgoing, Permit, Register, Window};
 use crate::buf::{Buf, BufMut, HeadRoom, Heads};
 use crate::error::LinkError;
 use crate::link::tcp::Pulse;
@@ -45,7 +45,7 @@ use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
-use tokio::sync::{Notify, OwnedSemaphorePermit, oneshot};
+use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use wire::{Kind, MESSAGE_HEADER, PART_HEADER};
@@ -88,7 +88,7 @@ enum Work {
 struct Posted {
     id: u64,
     work: Work,
-    _permit: Option<OwnedSemaphorePermit>,
+    _permit: Option<Permit>,
 }
 
 struct State {
@@ -361,7 +361,7 @@ struct How {
     signaled: bool,
     inline: bool,
     /// Held until it has completed.
-    permit: Option<OwnedSemaphorePermit>,
+    permit: Option<Permit>,
 }
 
 /// Moves completions until the link ends, and watches all that can end it.
