@@ -169,7 +169,7 @@ start_machine() { # NODE MEMORY CPUS QEMU-ARGUMENTS...
         -append "console=ttyS0 panic=-1 quiet loglevel=4 node=$node" \
         -fsdev local,id=f0,path="$share",security_model=none \
         -device virtio-9p-pci,fsdev=f0,mount_tag=host0 "$@" \
-        </dev/null >"$work/console-$node.log" 2>&1 &
+        </dev/null >"$share/console-$node.log" 2>&1 &
     machine[$node]=$!
 }
 
@@ -202,7 +202,7 @@ report() { # NAME NODES
             printf '\n--- %s, machine %s: end of its output\n' "$name" "$node"
             tail -n 150 "$share/out/$name.$node.log" 2>/dev/null || true
             printf -- '--- end of its console\n'
-            tail -n 20 "$work/console-$node.log" | tr -d '\033' || true
+            tail -n 20 "$share/console-$node.log" | tr -d '\033' || true
         done
         printf -- '--- %s\n\n' "${why[@]}"
     fi
@@ -214,7 +214,9 @@ report() { # NAME NODES
 run_topology() { # TOPOLOGY NAMES...
     local kind=$1 nodes=1 node start deadline
     shift
+    # What a boot leaves behind stays until the next one of the same scenarios.
     share=$work/share-$kind
+    [ -z "${alone[$1]}" ] || share=$work/share-$1
     rm -rf "$share" && mkdir -p "$share"/{out,sync,vm}
     cp "$here"/{guest.sh,topology.sh} "$share/vm/"
     cp -r "$scenarios" "$share/vm/scenarios"
