@@ -86,7 +86,10 @@ impl MgmtdSettings {
         let nodes = self.storage_nodes.len();
         let targets_at_one = (nodes as u64 * u64::from(self.effective_replication())).max(1);
         let most = (crate::MAX_TARGETS / targets_at_one).max(1);
-        self.chains_per_node.unwrap_or(placement::default_chains_per_node(nodes).min(most as usize) as u32)
+        self.chains_per_node.unwrap_or(
+            placement::default_chains_per_node(nodes, self.effective_replication() as usize)
+                .min(most as usize) as u32,
+        )
     }
 
     /// Refuses what cannot work.
