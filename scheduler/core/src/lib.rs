@@ -102,6 +102,10 @@ mod users;
 mod why;
 
 #[cfg(test)]
+mod policy_tests;
+#[cfg(test)]
+mod reference_tests;
+#[cfg(test)]
 mod sim_tests;
 #[cfg(test)]
 mod unit_tests;

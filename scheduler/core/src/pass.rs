@@ -19,6 +19,7 @@ use crate::job::{
     ATTEMPTS_KEPT, Attempt, Job, JobState, Opportunistic, RANKS_KEPT, RankSlot, RankState, Seat, Stage, Tally,
 };
 use crate::machine::{Core, Out, planted, reached};
+use crate::order;
 use crate::pack;
 use crate::policy::{Backfill, Packing};
 use crate::queue::ClassId;
@@ -108,9 +109,12 @@ impl Core {
         self.heads.clear();
         let mut skip: BTreeSet<ClassId> = BTreeSet::new();
         for lane in self.queue.lanes() {
-            // A head keeps its turn among its equals until it starts: usage changes all the time,
-            // and what was freed for one must not go to another.
-            for id in self.reservations.values().map(|r| r.job).collect::<Vec<_>>() {
+            // A head for which others are leaving keeps its turn among its equals: usage changes
+            // all the time, and what was freed for one must not go to another.
+            let turns_change = order::by_user(&self.policy.order);
+            let owed = self.reservations.values().filter(|r| turns_change && !r.leaving.is_empty());
+            let owed = owed.map(|r| r.job);
+            for id in owed.collect::<Vec<_>>() {
                 if let Some(class) = self.queue.in_lane(id, &lane) {
                     self.consider(id, class, &mut skip, now, out);
                 }
@@ -145,7 +149,10 @@ impl Core {
                 Ok(()) => return true,
                 Err(Block::NoRoom | Block::Standby) if !behind => {
                     self.heads.insert(group, id);
-                    self.reserve(id, now, out);
+                    // Where nothing passes a head, and it displaces nobody, it needs no claim.
+                    if self.policy.backfill != Backfill::None || !self.policy.displace.is_empty() {
+                        self.reserve(id, now, out);
+                    }
                 }
                 Err(_) => {}
             }
