@@ -171,8 +171,8 @@ impl Making {
                         let (rail, port) = &rails[ours];
                         match Half::new(rail, port, &talk::place(ours, &rails[ours]), class(options)) {
                             Ok(half) => {
-                                let (sockets, end) = (main.sockets, half.end());
-                                self.talk.say(&Frame::Rdma { sockets, rail: theirs, end }.encode());
+                                let (sockets, endpoint) = (main.sockets, half.endpoint());
+                                self.talk.say(&Frame::Rdma { sockets, rail: theirs, endpoint }.encode());
                                 Stage::Endpoint { main, half }
                             }
                             Err(e) => self.without_rdma(main, e.to_string(), true),

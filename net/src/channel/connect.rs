@@ -1,6 +1,6 @@
 //! Dialling a channel: connect, prove the secret, agree on the carrier.
 
-use super::negotiate::{Frame, Wishes};
+use super::negotiate::{Endpoint, Frame, Wishes};
 use super::rdma::{Half, VerbsChannel};
 use super::striped::StripedChannel;
 use super::talk::{self, Rails, Talk, class, configure, poll};
@@ -9,7 +9,6 @@ use super::{Channel, ChannelError, ChannelOptions};
 use crate::error::HandshakeError;
 use crate::fabric::Transport;
 use crate::handshake::{self, Initiator};
-use crate::verbs::negotiate::End;
 use crate::verbs::{Port, Rail};
 use firefly_types::ClusterSecret;
 use std::io;
@@ -149,13 +148,13 @@ impl Dial<'_> {
         let (sockets, why) = match self.answer(&mut talk)? {
             Frame::Tcp { sockets, why } => (sockets, why),
             Frame::Refuse { why } => return Err(self.no_rdma(why)),
-            Frame::Rdma { sockets, rail: i, end } => {
+            Frame::Rdma { sockets, rail: i, endpoint } => {
                 let Some(rail) = rails.get(i) else {
                     return Err(ChannelError::Protocol(format!(
                         "the peer chose rail {i}, which was not offered"
                     )));
                 };
-                match self.try_rdma(&mut talk, (i, rail), &end)? {
+                match self.try_rdma(&mut talk, (i, rail), &endpoint)? {
                     Ok(mut channel) => {
                         channel.attach(talk.stream);
                         return Ok(Box::new(channel));
@@ -190,12 +189,12 @@ impl Dial<'_> {
         &self,
         talk: &mut Talk,
         (i, rail): (usize, &(Arc<Rail>, Port)),
-        peer: &End,
+        peer: &Endpoint,
     ) -> Result<Result<VerbsChannel, String>, ChannelError> {
         let half = Half::new(&rail.0, &rail.1, &talk::place(i, rail), class(self.options));
         let half = half.map_err(|e| ChannelError::device(rail.0.device.name(), e));
         let made = half.and_then(|half| {
-            let mine = half.end();
+            let mine = half.endpoint();
             half.connect(peer).map(|channel| (channel, mine))
         });
         let (mut channel, mine) = match made {
@@ -220,7 +219,7 @@ impl Dial<'_> {
             Err(e) => {
                 channel.give_up();
                 drop(channel);
-                self.give_up(talk, format!("{} to {}: {e}", rail.0.name(), peer.place.name))
+                self.give_up(talk, format!("{} to {}: {e}", rail.0.name(), peer.end.place.name))
             }
         }
     }

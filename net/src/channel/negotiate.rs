@@ -46,14 +46,22 @@ pub(super) struct Wishes {
     pub(super) why_none: String,
 }
 
+/// A side's queue pair and its ring, of `end.bytes` bytes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Endpoint {
+    pub(super) end: End,
+    /// Where the ring is, and its remote key.
+    pub(super) ring: (u64, u32),
+}
+
 /// See the module.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Frame {
     Offer { id: [u8; 16], wishes: Wishes },
     Tcp { sockets: usize, why: String },
     Refuse { why: String },
-    Rdma { sockets: usize, rail: usize, end: End },
-    Endpoint(End),
+    Rdma { sockets: usize, rail: usize, endpoint: Endpoint },
+    Endpoint(Endpoint),
     Ready,
     Done,
     Failed { why: String },
@@ -102,6 +110,18 @@ fn wishes(fields: &mut Fields<'_>) -> Result<Wishes, FrameError> {
     Ok(Wishes { policy, sockets, rails, why_none: why(fields)? })
 }
 
+fn put_endpoint(out: &mut Vec<u8>, Endpoint { end, ring }: &Endpoint) {
+    put_end(out, end);
+    out.extend_from_slice(&ring.0.to_le_bytes());
+    out.extend_from_slice(&ring.1.to_le_bytes());
+}
+
+fn endpoint(fields: &mut Fields<'_>) -> Result<Endpoint, FrameError> {
+    let end = fields.end()?;
+    let ring = (u64::from_le_bytes(fields.array()?), u32::from_le_bytes(fields.array()?));
+    Ok(Endpoint { end, ring })
+}
+
 impl Frame {
     fn kind(&self) -> u8 {
         match self {
@@ -140,11 +160,11 @@ impl Frame {
                 put_text(&mut out, why, MAX_WHY);
             }
             Frame::Refuse { why } | Frame::Failed { why } => put_text(&mut out, why, MAX_WHY),
-            Frame::Rdma { sockets, rail, end } => {
+            Frame::Rdma { sockets, rail, endpoint } => {
                 out.extend_from_slice(&[*sockets as u8, *rail as u8]);
-                put_end(&mut out, end);
+                put_endpoint(&mut out, endpoint);
             }
-            Frame::Endpoint(end) => put_end(&mut out, end),
+            Frame::Endpoint(endpoint) => put_endpoint(&mut out, endpoint),
             Frame::Ready | Frame::Done => {}
             Frame::Lane { id, index } => {
                 out.extend_from_slice(id);
@@ -191,10 +211,12 @@ impl Frame {
             }
             2 => Frame::Tcp { sockets: sockets(fields)?, why: why(fields)? },
             3 => Frame::Refuse { why: why(fields)? },
-            4 => {
-                Frame::Rdma { sockets: sockets(fields)?, rail: usize::from(fields.u8()?), end: fields.end()? }
-            }
-            5 => Frame::Endpoint(fields.end()?),
+            4 => Frame::Rdma {
+                sockets: sockets(fields)?,
+                rail: usize::from(fields.u8()?),
+                endpoint: endpoint(fields)?,
+            },
+            5 => Frame::Endpoint(endpoint(fields)?),
             6 => Frame::Ready,
             7 => Frame::Done,
             8 => Frame::Failed { why: why(fields)? },

@@ -16,10 +16,11 @@ fn wishes(policy: Transport, rails: &[&str]) -> Wishes {
     Wishes { policy, sockets: 2, rails: rails.iter().map(|ip| rail(ip)).collect(), why_none }
 }
 
-fn end() -> End {
+fn endpoint() -> Endpoint {
     let place = rail("10.1.0.1");
     let address = Address { qp: 17, psn: 0x12_3456, gid: place.gid, lid: 3, mtu: 5, reads: 4 };
-    End { place, address, receives: 64, bytes: 4096, region: (0x7f00_0000_1000, 99) }
+    let end = End { place, address, receives: 64, bytes: 4096, windows: false };
+    Endpoint { end, ring: (0x7f00_0000_1000, 99) }
 }
 
 fn frames() -> Vec<Frame> {
@@ -29,8 +30,8 @@ fn frames() -> Vec<Frame> {
         Frame::Offer { id: [0; 16], wishes: wishes(Transport::Tcp, &[]) },
         Frame::Tcp { sockets: 4, why: why.clone() },
         Frame::Refuse { why: why.clone() },
-        Frame::Rdma { sockets: 1, rail: 1, end: end() },
-        Frame::Endpoint(end()),
+        Frame::Rdma { sockets: 1, rail: 1, endpoint: endpoint() },
+        Frame::Endpoint(endpoint()),
         Frame::Ready,
         Frame::Done,
         Frame::Failed { why },

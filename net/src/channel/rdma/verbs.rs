@@ -9,6 +9,7 @@
 use super::core::{Core, Key, Shape, To, Work};
 use super::credit::{MAX_RECEIVES, MAX_RING, MIN_RECEIVES, MIN_RING};
 use super::note::NOTE_BYTES;
+use crate::channel::negotiate::Endpoint;
 use crate::channel::region;
 use crate::channel::{Channel, ChannelCounters, ChannelError, Completion, HEADER_BYTES, Incoming};
 use crate::error::{LinkError, WorkError};
@@ -78,10 +79,10 @@ impl Drop for Pages {
 }
 
 /// The peer's half as the core sees it, if it can be one: what a peer says is not trusted.
-fn shape_of(end: &End) -> Result<Shape, ChannelError> {
-    let (ring, receives) = (usize::try_from(end.bytes).unwrap_or(usize::MAX), end.receives as usize);
+fn shape_of(Endpoint { end, ring: (at, _) }: &Endpoint) -> Result<Shape, ChannelError> {
+    let (ring, receives) = (end.bytes as usize, end.receives as usize);
     let sizes = (MIN_RING..=MAX_RING).contains(&ring) && (MIN_RECEIVES..=MAX_RECEIVES).contains(&receives);
-    match sizes && end.region.0.checked_add(end.bytes).is_some() {
+    match sizes && at.checked_add(u64::from(end.bytes)).is_some() {
         true => Ok(Shape { ring, receives }),
         false => Err(ChannelError::Protocol(format!(
             "a ring of {} bytes with {receives} receives: rings have {MIN_RING} to {MAX_RING} bytes, and \
@@ -151,20 +152,22 @@ impl Half {
     }
 
     /// What the peer needs to know to write to this side.
-    pub(in crate::channel) fn end(&self) -> End {
-        End {
+    pub(in crate::channel) fn endpoint(&self) -> Endpoint {
+        let end = End {
             place: self.place.clone(),
             address: self.queue.address(),
             receives: self.receives() as u32,
-            bytes: RING as u64,
-            region: (self.pages.at(0) as u64, self.ring.keys().remote),
-        }
+            bytes: RING as u32,
+            // The ring's key is good as long as its channel.
+            windows: false,
+        };
+        Endpoint { end, ring: (self.pages.at(0) as u64, self.ring.keys().remote) }
     }
 
     /// Connects to the peer's half. [`VerbsChannel::attach`] comes when both sides are content.
-    pub(in crate::channel) fn connect(self, peer: &End) -> Result<VerbsChannel, ChannelError> {
+    pub(in crate::channel) fn connect(self, peer: &Endpoint) -> Result<VerbsChannel, ChannelError> {
         let theirs = shape_of(peer)?;
-        let connected = self.queue.connect(&peer.address);
+        let connected = self.queue.connect(&peer.end.address);
         connected.map_err(|e| ChannelError::device(self.queue.device().name(), e))?;
         let alarm = Arc::new(Mutex::new(None));
         let heard = alarm.clone();
@@ -179,7 +182,7 @@ impl Half {
         Ok(VerbsChannel {
             half: self,
             core,
-            ring: peer.region,
+            ring: peer.ring,
             side: None,
             alarm,
             // As the queue was made.
@@ -539,14 +542,15 @@ mod tests {
         let place =
             Place { link: crate::verbs::port::LinkLayer::Ethernet, gid, rail: 0, name: "rxe0".into() };
         let address = crate::verbs::Address { qp: 17, psn: 0, gid, lid: 0, mtu: 5, reads: 1 };
-        let good = End { place, address, receives: 64, bytes: 4096, region: (1 << 40, 9) };
+        let end = End { place, address, receives: 64, bytes: 4096, windows: false };
+        let good = Endpoint { end, ring: (1 << 40, 9) };
         assert_eq!(shape_of(&good).unwrap(), Shape { ring: 4096, receives: 64 });
-        let spoil: [&dyn Fn(&mut End); 5] = [
-            &|e| e.bytes = MIN_RING as u64 - 1,
-            &|e| e.bytes = MAX_RING as u64 + 1,
-            &|e| e.receives = MIN_RECEIVES as u32 - 1,
-            &|e| e.receives = MAX_RECEIVES as u32 + 1,
-            &|e| e.region.0 = u64::MAX - 100,
+        let spoil: [&dyn Fn(&mut Endpoint); 5] = [
+            &|e| e.end.bytes = MIN_RING as u32 - 1,
+            &|e| e.end.bytes = MAX_RING as u32 + 1,
+            &|e| e.end.receives = MIN_RECEIVES as u32 - 1,
+            &|e| e.end.receives = MAX_RECEIVES as u32 + 1,
+            &|e| e.ring.0 = u64::MAX - 100,
         ];
         for (i, spoil) in spoil.iter().enumerate() {
             let mut bad = good.clone();
