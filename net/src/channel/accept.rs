@@ -169,7 +169,7 @@ impl Making {
                     Choice::Refuse { why } => self.refuse(why),
                     Choice::Rails { theirs, ours } => {
                         let (rail, port) = &rails[ours];
-                        match Half::new(&rail.device, port, class(options)) {
+                        match Half::new(rail, port, &talk::place(ours, &rails[ours]), class(options)) {
                             Ok(half) => {
                                 let (sockets, endpoint) = (main.sockets, half.endpoint());
                                 self.talk.say(&Frame::Rdma { sockets, rail: theirs, endpoint }.encode());
@@ -181,7 +181,7 @@ impl Making {
                 }
             }
             (Stage::Endpoint { main, half }, Frame::Endpoint(peer)) => {
-                let connected = half.connect(peer).map_err(|e| e.to_string()).and_then(|mut channel| {
+                let connected = half.connect(&peer).map_err(|e| e.to_string()).and_then(|mut channel| {
                     match channel.probe() {
                         Ok(()) => Ok(channel),
                         Err(e) => {
@@ -272,9 +272,7 @@ impl ChannelListener {
         deadline: Instant,
         options: &ChannelOptions,
     ) -> Result<(Box<dyn Channel>, [u8; 32]), ChannelError> {
-        if let Some(error) = options.fabric.invalid() {
-            return Err(ChannelError::Options(error.clone()));
-        }
+        talk::check(options)?;
         let failed = |e: io::Error| ChannelError::Listener(e.to_string());
         let mut making = lock(&self.making);
         loop {

@@ -1,7 +1,7 @@
 //! Dialling a channel: connect, prove the secret, agree on the carrier.
 
-use super::negotiate::{Frame, Wishes};
-use super::rdma::{Endpoint, Half, VerbsChannel};
+use super::negotiate::{Endpoint, Frame, Wishes};
+use super::rdma::{Half, VerbsChannel};
 use super::striped::StripedChannel;
 use super::talk::{self, Rails, Talk, class, configure, poll};
 use super::tcp::TcpChannel;
@@ -9,9 +9,11 @@ use super::{Channel, ChannelError, ChannelOptions};
 use crate::error::HandshakeError;
 use crate::fabric::Transport;
 use crate::handshake::{self, Initiator};
+use crate::verbs::{Port, Rail};
 use firefly_types::ClusterSecret;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A probe that takes longer over a path that is fit for collectives has been lost. Three
@@ -51,9 +53,7 @@ pub fn connect_channel(
     deadline: Instant,
     options: &ChannelOptions,
 ) -> Result<Box<dyn Channel>, ChannelError> {
-    if let Some(error) = options.fabric.invalid() {
-        return Err(ChannelError::Options(error.clone()));
-    }
+    talk::check(options)?;
     let dial = Dial { addr, secret, deadline, options };
     let talk = dial.authenticate(hello)?;
     let local = talk.stream.local_addr().map_err(|e| dial.unreachable(e.to_string()))?.ip();
@@ -148,13 +148,13 @@ impl Dial<'_> {
         let (sockets, why) = match self.answer(&mut talk)? {
             Frame::Tcp { sockets, why } => (sockets, why),
             Frame::Refuse { why } => return Err(self.no_rdma(why)),
-            Frame::Rdma { sockets, rail, endpoint } => {
-                let Some(rail) = rails.get(rail) else {
+            Frame::Rdma { sockets, rail: i, endpoint } => {
+                let Some(rail) = rails.get(i) else {
                     return Err(ChannelError::Protocol(format!(
-                        "the peer chose rail {rail}, which was not offered"
+                        "the peer chose rail {i}, which was not offered"
                     )));
                 };
-                match self.try_rdma(&mut talk, rail, endpoint)? {
+                match self.try_rdma(&mut talk, (i, rail), &endpoint)? {
                     Ok(mut channel) => {
                         channel.attach(talk.stream);
                         return Ok(Box::new(channel));
@@ -188,10 +188,12 @@ impl Dial<'_> {
     fn try_rdma(
         &self,
         talk: &mut Talk,
-        (rail, port): &(std::sync::Arc<crate::verbs::Rail>, crate::verbs::Port),
-        peer: Endpoint,
+        (i, rail): (usize, &(Arc<Rail>, Port)),
+        peer: &Endpoint,
     ) -> Result<Result<VerbsChannel, String>, ChannelError> {
-        let made = Half::new(&rail.device, port, class(self.options)).and_then(|half| {
+        let half = Half::new(&rail.0, &rail.1, &talk::place(i, rail), class(self.options));
+        let half = half.map_err(|e| ChannelError::device(rail.0.device.name(), e));
+        let made = half.and_then(|half| {
             let mine = half.endpoint();
             half.connect(peer).map(|channel| (channel, mine))
         });
@@ -217,7 +219,7 @@ impl Dial<'_> {
             Err(e) => {
                 channel.give_up();
                 drop(channel);
-                self.give_up(talk, format!("{}: {e}", rail.name()))
+                self.give_up(talk, format!("{} to {}: {e}", rail.0.name(), peer.end.place.name))
             }
         }
     }

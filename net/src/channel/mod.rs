@@ -100,6 +100,11 @@ pub enum ChannelError {
     /// The options of the network cannot be followed.
     #[error(transparent)]
     Options(FabricError),
+    /// Encryption was asked for.
+    #[error(
+        "TLS was asked for (option net.tls), and channels do not encrypt: run collectives in processes whose network is without it"
+    )]
+    NotEncrypted,
     /// The caller broke the channel's rules; nothing was done.
     #[error("misuse of a channel: {0}")]
     Misuse(&'static str),
@@ -133,6 +138,7 @@ impl ChannelError {
             ChannelError::Deadline(_) => ErrorKind::Timeout,
             ChannelError::Unreachable { .. } | ChannelError::NoRdma { .. } => ErrorKind::Unavailable,
             ChannelError::Refused(_) => ErrorKind::Unauthenticated,
+            ChannelError::NotEncrypted => ErrorKind::Unsupported,
             ChannelError::Listener(_) => ErrorKind::Internal,
         }
     }

@@ -13,36 +13,27 @@
 //! ```
 //!
 //! A further connection of a channel over several sockets says Lane and is answered by Ready.
-//! Frames: length u16 (little-endian, of what follows), kind u8, fields.
+//! Frames: length u16 (little-endian, of what follows), kind u8, fields; those of rails and queue pairs
+//! are RPC's too (`verbs::negotiate`).
 
-use super::rdma::Endpoint;
 use super::{ChannelError, MOST_SOCKETS};
 use crate::fabric::Transport;
-use crate::verbs::Address;
-use crate::verbs::port::{LinkLayer, same_network};
+use crate::verbs::negotiate::{End, Fields, FrameError, Place, put_end, put_place, put_text};
+use crate::verbs::port::same_network;
 use std::net::{IpAddr, Ipv6Addr};
 
 /// Version of these frames.
 const VERSION: u8 = 1;
 /// Longest frame.
-pub(super) const MAX_FRAME: usize = 1024;
+pub(super) const MAX_FRAME: usize = 2048;
 /// Rails that are offered at most.
 const MAX_RAILS: usize = 16;
 /// Longest reason; longer ones are cut.
 const MAX_WHY: usize = 400;
 
-/// A port as the other side needs to know it to choose.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct RailInfo {
-    pub(super) gid: [u8; 16],
-    pub(super) link: LinkLayer,
-}
-
-impl RailInfo {
-    fn is_at(&self, ip: IpAddr) -> bool {
-        let v6 = Ipv6Addr::from(self.gid);
-        v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4) == ip.to_canonical()
-    }
+fn is_at(rail: &Place, ip: IpAddr) -> bool {
+    let v6 = Ipv6Addr::from(rail.gid);
+    v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4) == ip.to_canonical()
 }
 
 /// What one side has and wants.
@@ -50,9 +41,17 @@ impl RailInfo {
 pub(super) struct Wishes {
     pub(super) policy: Transport,
     pub(super) sockets: usize,
-    pub(super) rails: Vec<RailInfo>,
+    pub(super) rails: Vec<Place>,
     /// Why there are no rails.
     pub(super) why_none: String,
+}
+
+/// A side's queue pair and its ring, of `end.bytes` bytes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Endpoint {
+    pub(super) end: End,
+    /// Where the ring is, and its remote key.
+    pub(super) ring: (u64, u32),
 }
 
 /// See the module.
@@ -85,103 +84,42 @@ pub(super) enum Choice {
     },
 }
 
-fn cut(why: &str) -> &[u8] {
-    let mut end = why.len().min(MAX_WHY);
-    while !why.is_char_boundary(end) {
-        end -= 1;
-    }
-    &why.as_bytes()[..end]
+/// A reason, for people.
+fn why(fields: &mut Fields<'_>) -> Result<String, FrameError> {
+    fields.text(MAX_WHY)
 }
 
-fn put_endpoint(out: &mut Vec<u8>, e: &Endpoint) {
-    let Endpoint { address, ring_at, ring_key, ring, receives } = e;
-    out.extend_from_slice(&address.qp.to_le_bytes());
-    out.extend_from_slice(&address.psn.to_le_bytes());
-    out.extend_from_slice(&address.gid);
-    out.extend_from_slice(&address.lid.to_le_bytes());
-    out.push(address.mtu as u8);
-    out.push(address.reads);
-    out.extend_from_slice(&ring_at.to_le_bytes());
-    out.extend_from_slice(&ring_key.to_le_bytes());
-    out.extend_from_slice(&ring.to_le_bytes());
-    out.extend_from_slice(&receives.to_le_bytes());
+fn sockets(fields: &mut Fields<'_>) -> Result<usize, FrameError> {
+    let n = usize::from(fields.u8()?);
+    if (1..=MOST_SOCKETS).contains(&n) { Ok(n) } else { Err(FrameError::Field("the number of sockets")) }
 }
 
-/// Reads fields off a frame.
-struct Fields<'a>(&'a [u8]);
-
-impl Fields<'_> {
-    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let (head, rest) = self.0.split_first_chunk::<N>()?;
-        self.0 = rest;
-        Some(*head)
+fn wishes(fields: &mut Fields<'_>) -> Result<Wishes, FrameError> {
+    let policy = match fields.u8()? {
+        0 => Transport::Auto,
+        1 => Transport::Tcp,
+        2 => Transport::Rdma,
+        _ => return Err(FrameError::Field("the policy")),
+    };
+    let sockets = sockets(fields)?;
+    let count = usize::from(fields.u8()?);
+    if count > MAX_RAILS {
+        return Err(FrameError::Field("the number of rails"));
     }
+    let rails = (0..count).map(|_| fields.place()).collect::<Result<_, _>>()?;
+    Ok(Wishes { policy, sockets, rails, why_none: why(fields)? })
+}
 
-    fn u8(&mut self) -> Option<u8> {
-        self.array::<1>().map(|[b]| b)
-    }
+fn put_endpoint(out: &mut Vec<u8>, Endpoint { end, ring }: &Endpoint) {
+    put_end(out, end);
+    out.extend_from_slice(&ring.0.to_le_bytes());
+    out.extend_from_slice(&ring.1.to_le_bytes());
+}
 
-    fn u16(&mut self) -> Option<u16> {
-        self.array().map(u16::from_le_bytes)
-    }
-
-    fn u32(&mut self) -> Option<u32> {
-        self.array().map(u32::from_le_bytes)
-    }
-
-    /// The rest of the frame is a reason.
-    fn why(&mut self) -> Option<String> {
-        let bytes = std::mem::take(&mut self.0);
-        if bytes.len() > MAX_WHY {
-            return None;
-        }
-        // It goes to logs and messages: keep it printable.
-        let text = String::from_utf8(bytes.to_vec()).ok()?;
-        text.chars().all(|c| !c.is_control()).then_some(text)
-    }
-
-    fn sockets(&mut self) -> Option<usize> {
-        self.u8().map(usize::from).filter(|n| (1..=MOST_SOCKETS).contains(n))
-    }
-
-    fn endpoint(&mut self) -> Option<Endpoint> {
-        let address = Address {
-            qp: self.u32()?,
-            psn: self.u32()?,
-            gid: self.array()?,
-            lid: self.u16()?,
-            mtu: u32::from(self.u8()?),
-            reads: self.u8()?,
-        };
-        let ring_at = u64::from_le_bytes(self.array()?);
-        let endpoint =
-            Endpoint { address, ring_at, ring_key: self.u32()?, ring: self.u32()?, receives: self.u32()? };
-        endpoint.check().ok().map(|()| endpoint)
-    }
-
-    fn wishes(&mut self) -> Option<Wishes> {
-        let policy = match self.u8()? {
-            0 => Transport::Auto,
-            1 => Transport::Tcp,
-            2 => Transport::Rdma,
-            _ => return None,
-        };
-        let sockets = self.sockets()?;
-        let count = usize::from(self.u8()?);
-        if count > MAX_RAILS {
-            return None;
-        }
-        let mut rails = Vec::with_capacity(count);
-        for _ in 0..count {
-            let link = match self.u8()? {
-                0 => LinkLayer::InfiniBand,
-                1 => LinkLayer::Ethernet,
-                _ => return None,
-            };
-            rails.push(RailInfo { link, gid: self.array()? });
-        }
-        Some(Wishes { policy, sockets, rails, why_none: self.why()? })
-    }
+fn endpoint(fields: &mut Fields<'_>) -> Result<Endpoint, FrameError> {
+    let end = fields.end()?;
+    let ring = (u64::from_le_bytes(fields.array()?), u32::from_le_bytes(fields.array()?));
+    Ok(Endpoint { end, ring })
 }
 
 impl Frame {
@@ -214,17 +152,14 @@ impl Frame {
                 out.push(wishes.sockets as u8);
                 let rails = &wishes.rails[..wishes.rails.len().min(MAX_RAILS)];
                 out.push(rails.len() as u8);
-                for rail in rails {
-                    out.push(u8::from(rail.link == LinkLayer::Ethernet));
-                    out.extend_from_slice(&rail.gid);
-                }
-                out.extend_from_slice(cut(&wishes.why_none));
+                rails.iter().for_each(|rail| put_place(&mut out, rail));
+                put_text(&mut out, &wishes.why_none, MAX_WHY);
             }
             Frame::Tcp { sockets, why } => {
                 out.push(*sockets as u8);
-                out.extend_from_slice(cut(why));
+                put_text(&mut out, why, MAX_WHY);
             }
-            Frame::Refuse { why } | Frame::Failed { why } => out.extend_from_slice(cut(why)),
+            Frame::Refuse { why } | Frame::Failed { why } => put_text(&mut out, why, MAX_WHY),
             Frame::Rdma { sockets, rail, endpoint } => {
                 out.extend_from_slice(&[*sockets as u8, *rail as u8]);
                 put_endpoint(&mut out, endpoint);
@@ -252,39 +187,43 @@ impl Frame {
 
     /// Reads what follows the length.
     pub(super) fn decode(body: &[u8]) -> Result<Frame, ChannelError> {
-        let mut fields = Fields(body);
-        let malformed = || {
-            let kind = body.first().copied().unwrap_or(0);
-            ChannelError::Protocol(format!("a malformed frame of kind {kind} in the negotiation"))
-        };
-        let kind = fields.u8().ok_or_else(malformed)?;
+        let kind = body.first().copied().unwrap_or(0);
         if kind == 1
-            && let Some(version) = fields.u8()
+            && let Some(&version) = body.get(1)
             && version != VERSION
         {
             return Err(ChannelError::Protocol(format!(
                 "the peer negotiates in version {version}, this side in {VERSION}: run one version in a job"
             )));
         }
-        let frame = (|| {
-            Some(match kind {
-                1 => Frame::Offer { id: fields.array()?, wishes: fields.wishes()? },
-                2 => Frame::Tcp { sockets: fields.sockets()?, why: fields.why()? },
-                3 => Frame::Refuse { why: fields.why()? },
-                4 => Frame::Rdma {
-                    sockets: fields.sockets()?,
-                    rail: usize::from(fields.u8()?),
-                    endpoint: fields.endpoint()?,
-                },
-                5 => Frame::Endpoint(fields.endpoint()?),
-                6 => Frame::Ready,
-                7 => Frame::Done,
-                8 => Frame::Failed { why: fields.why()? },
-                9 => Frame::Lane { id: fields.array()?, index: usize::from(fields.u8()?) },
-                _ => return None,
-            })
-        })();
-        frame.filter(|_| fields.0.is_empty()).ok_or_else(malformed)
+        Frame::read(Fields(body)).map_err(|what| {
+            ChannelError::Protocol(format!("a malformed frame of kind {kind} in the negotiation: {what}"))
+        })
+    }
+
+    fn read(mut fields: Fields<'_>) -> Result<Frame, FrameError> {
+        let fields = &mut fields;
+        let frame = match fields.u8()? {
+            1 => {
+                // The version, looked at before.
+                fields.u8()?;
+                Frame::Offer { id: fields.array()?, wishes: wishes(fields)? }
+            }
+            2 => Frame::Tcp { sockets: sockets(fields)?, why: why(fields)? },
+            3 => Frame::Refuse { why: why(fields)? },
+            4 => Frame::Rdma {
+                sockets: sockets(fields)?,
+                rail: usize::from(fields.u8()?),
+                endpoint: endpoint(fields)?,
+            },
+            5 => Frame::Endpoint(endpoint(fields)?),
+            6 => Frame::Ready,
+            7 => Frame::Done,
+            8 => Frame::Failed { why: why(fields)? },
+            9 => Frame::Lane { id: fields.array()?, index: usize::from(fields.u8()?) },
+            other => return Err(FrameError::Kind(other)),
+        };
+        if fields.0.is_empty() { Ok(frame) } else { Err(FrameError::Field("the end")) }
     }
 }
 
@@ -311,8 +250,8 @@ pub(super) fn choose(ours: &Wishes, theirs: &Wishes, at: (IpAddr, IpAddr), sprea
     }
     // The rails at the connection's own addresses are known to reach each other; then come those of
     // one network; then any, which the probe will judge.
-    let rank = |theirs: &RailInfo, ours: &RailInfo| match () {
-        () if theirs.is_at(peer) && ours.is_at(here) => 3,
+    let rank = |theirs: &Place, ours: &Place| match () {
+        () if is_at(theirs, peer) && is_at(ours, here) => 3,
         () if same_network(&theirs.gid, &ours.gid) => 2,
         () => 1,
     };

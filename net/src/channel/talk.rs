@@ -1,11 +1,12 @@
 //! A non-blocking stream on which a channel's handshake and negotiation are spoken, and what both
 //! sides of that have in common.
 
-use super::negotiate::{Frame, RailInfo, Wishes};
+use super::negotiate::{Frame, Wishes};
 use super::{ChannelError, ChannelOptions};
 use crate::error::HandshakeError;
 use crate::fabric::{Class, Traffic};
 use crate::handshake::{Purpose, Terms};
+use crate::verbs::negotiate::Place;
 use crate::verbs::{Port, Rail};
 use firefly_types::{ClusterId, ClusterSecret};
 use std::io::{self, Read, Write};
@@ -24,6 +25,17 @@ pub(super) fn terms(secret: &ClusterSecret) -> Terms {
 /// How a channel's packets are marked.
 pub(super) fn class(options: &ChannelOptions) -> Class {
     options.fabric.options().class(Traffic::Collective)
+}
+
+/// Options that cannot be followed make no channel.
+pub(super) fn check(options: &ChannelOptions) -> Result<(), ChannelError> {
+    if let Some(error) = options.fabric.invalid() {
+        return Err(ChannelError::Options(error.clone()));
+    }
+    if options.fabric.options().tls {
+        return Err(ChannelError::NotEncrypted);
+    }
+    Ok(())
 }
 
 /// Options that every connection of a channel gets.
@@ -133,6 +145,11 @@ impl Talk {
 /// This side's rails that are up, each with the address to use for a connection from `local`.
 pub(super) type Rails = Vec<(Arc<Rail>, Port)>;
 
+/// How the `i`th of this side's rails is told to the peer.
+pub(super) fn place(i: usize, (rail, port): &(Arc<Rail>, Port)) -> Place {
+    Place { link: port.link, gid: port.gid.raw, rail: i as u8, name: rail.name() }
+}
+
 /// What this side has and wants.
 pub(super) fn wishes(options: &ChannelOptions, local: IpAddr) -> (Wishes, Rails) {
     let rails: Rails = options
@@ -141,12 +158,12 @@ pub(super) fn wishes(options: &ChannelOptions, local: IpAddr) -> (Wishes, Rails)
         .iter()
         .filter_map(|rail| Some((rail.clone(), rail.port().ok()?.at(local))))
         .collect();
-    let infos = rails.iter().map(|(_, port)| RailInfo { gid: port.gid.raw, link: port.link }).collect();
+    let places = rails.iter().enumerate().map(|(i, rail)| place(i, rail)).collect();
     let why_none = options.fabric.why_not().unwrap_or_default();
     let wishes = Wishes {
         policy: options.fabric.options().transport,
         sockets: options.sockets.clamp(1, super::MOST_SOCKETS),
-        rails: infos,
+        rails: places,
         why_none,
     };
     (wishes, rails)

@@ -301,6 +301,19 @@ fn parts_out_of_step_are_noticed() {
     drop(thread.join().unwrap());
 }
 
+/// An option that channels cannot honour is refused, not ignored.
+#[test]
+fn encryption_that_is_asked_for_is_refused() {
+    let fabric = Fabric::open(crate::NetOptions { tls: true, ..Default::default() }).unwrap();
+    let options = ChannelOptions { fabric, sockets: 1 };
+    let listener = listener();
+    let dialled = connect_channel(listener.local_addr(), &secret(1), [0; 32], soon(), &options);
+    let accepted = listener.accept(&secret(1), soon(), &options);
+    for error in [dialled.err().unwrap(), accepted.err().unwrap()] {
+        assert!(matches!(error, ChannelError::NotEncrypted), "{error}");
+    }
+}
+
 /// RDMA that is demanded and cannot be had is an error on both sides.
 #[test]
 fn a_demand_for_rdma_is_honoured_or_refused() {

@@ -154,13 +154,13 @@ impl Frame {
     }
 }
 
-fn put_text(out: &mut Vec<u8>, text: &str, max: usize) {
+pub(crate) fn put_text(out: &mut Vec<u8>, text: &str, max: usize) {
     let cut = (0..=text.len().min(max)).rev().find(|n| text.is_char_boundary(*n)).unwrap_or(0);
     out.extend_from_slice(&(cut as u16).to_le_bytes());
     out.extend_from_slice(&text.as_bytes()[..cut]);
 }
 
-fn put_place(out: &mut Vec<u8>, place: &Place) {
+pub(crate) fn put_place(out: &mut Vec<u8>, place: &Place) {
     out.push(match place.link {
         LinkLayer::InfiniBand => 1,
         LinkLayer::Ethernet => 2,
@@ -170,7 +170,7 @@ fn put_place(out: &mut Vec<u8>, place: &Place) {
     put_text(out, &place.name, MAX_NAME);
 }
 
-fn put_end(out: &mut Vec<u8>, end: &End) {
+pub(crate) fn put_end(out: &mut Vec<u8>, end: &End) {
     put_place(out, &end.place);
     let Address { qp, psn, gid: _, lid, mtu, reads } = end.address;
     out.extend_from_slice(&qp.to_le_bytes());
@@ -183,7 +183,7 @@ fn put_end(out: &mut Vec<u8>, end: &End) {
 }
 
 /// Cuts fields from a frame; too few bytes are an error.
-struct Fields<'a>(&'a [u8]);
+pub(crate) struct Fields<'a>(pub(crate) &'a [u8]);
 
 impl<'a> Fields<'a> {
     fn take(&mut self, n: usize) -> Result<&'a [u8], FrameError> {
@@ -192,13 +192,13 @@ impl<'a> Fields<'a> {
         Ok(head)
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], FrameError> {
+    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], FrameError> {
         let mut out = [0; N];
         out.copy_from_slice(self.take(N)?);
         Ok(out)
     }
 
-    fn u8(&mut self) -> Result<u8, FrameError> {
+    pub(crate) fn u8(&mut self) -> Result<u8, FrameError> {
         Ok(self.array::<1>()?[0])
     }
 
@@ -206,7 +206,7 @@ impl<'a> Fields<'a> {
         Ok(u32::from_le_bytes(self.array()?))
     }
 
-    fn text(&mut self, max: usize) -> Result<String, FrameError> {
+    pub(crate) fn text(&mut self, max: usize) -> Result<String, FrameError> {
         let len = usize::from(u16::from_le_bytes(self.array()?));
         if len > max {
             return Err(FrameError::Field("a text's length"));
@@ -216,7 +216,7 @@ impl<'a> Fields<'a> {
         Ok(text.chars().map(|c| if c.is_control() { '?' } else { c }).collect())
     }
 
-    fn place(&mut self) -> Result<Place, FrameError> {
+    pub(crate) fn place(&mut self) -> Result<Place, FrameError> {
         let link = match self.u8()? {
             1 => LinkLayer::InfiniBand,
             2 => LinkLayer::Ethernet,
@@ -225,7 +225,7 @@ impl<'a> Fields<'a> {
         Ok(Place { link, rail: self.u8()?, gid: self.array()?, name: self.text(MAX_NAME)? })
     }
 
-    fn end(&mut self) -> Result<End, FrameError> {
+    pub(crate) fn end(&mut self) -> Result<End, FrameError> {
         let place = self.place()?;
         let (qp, psn) = (self.u32()?, self.u32()?);
         let lid = u16::from_le_bytes(self.array()?);

@@ -13,4 +13,4 @@ mod sim;
 mod tests;
 mod verbs;
 
-pub(super) use verbs::{Endpoint, Half, VerbsChannel};
+pub(super) use verbs::{Half, VerbsChannel};

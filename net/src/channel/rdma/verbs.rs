@@ -9,14 +9,15 @@
 use super::core::{Core, Key, Shape, To, Work};
 use super::credit::{MAX_RECEIVES, MAX_RING, MIN_RECEIVES, MIN_RING};
 use super::note::NOTE_BYTES;
+use crate::channel::negotiate::Endpoint;
 use crate::channel::region;
 use crate::channel::{Channel, ChannelCounters, ChannelError, Completion, HEADER_BYTES, Incoming};
 use crate::error::{LinkError, WorkError};
 use crate::fabric::Class;
+use crate::verbs::negotiate::{End, Place};
 use crate::verbs::queue::piece;
 use crate::verbs::{
-    self, Address, Completion as Completed, Device, Done, Op, Port, Queue, QueueOptions, Reach, Remote,
-    Request,
+    self, Completion as Completed, Device, Done, Op, Port, Queue, QueueOptions, Rail, Reach, Remote, Request,
 };
 use firefly_types::lock;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -77,27 +78,17 @@ impl Drop for Pages {
     }
 }
 
-/// What the peer needs to know to write to this side.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(in crate::channel) struct Endpoint {
-    pub(in crate::channel) address: Address,
-    pub(in crate::channel) ring_at: u64,
-    pub(in crate::channel) ring_key: u32,
-    pub(in crate::channel) ring: u32,
-    pub(in crate::channel) receives: u32,
-}
-
-impl Endpoint {
-    /// Whether it can be an endpoint at all: what a peer says is not trusted.
-    pub(in crate::channel) fn check(&self) -> Result<(), ChannelError> {
-        let Endpoint { address, ring_at, ring, receives, .. } = self;
-        let sizes = (MIN_RING..=MAX_RING).contains(&(*ring as usize))
-            && (MIN_RECEIVES..=MAX_RECEIVES).contains(&(*receives as usize));
-        let address = address.qp <= 0xFF_FFFF && (1..=5).contains(&address.mtu) && address.gid != [0; 16];
-        match sizes && address && ring_at.checked_add(u64::from(*ring)).is_some() {
-            true => Ok(()),
-            false => Err(ChannelError::Protocol("an RDMA endpoint that cannot be one".into())),
-        }
+/// The peer's half as the core sees it, if it can be one: what a peer says is not trusted.
+fn shape_of(Endpoint { end, ring: (at, _) }: &Endpoint) -> Result<Shape, ChannelError> {
+    let (ring, receives) = (end.bytes as usize, end.receives as usize);
+    let sizes = (MIN_RING..=MAX_RING).contains(&ring) && (MIN_RECEIVES..=MAX_RECEIVES).contains(&receives);
+    match sizes && at.checked_add(u64::from(end.bytes)).is_some() {
+        true => Ok(Shape { ring, receives }),
+        false => Err(ChannelError::Protocol(format!(
+            "a ring of {} bytes with {receives} receives: rings have {MIN_RING} to {MAX_RING} bytes, and \
+             {MIN_RECEIVES} to {MAX_RECEIVES} receives",
+            end.bytes
+        ))),
     }
 }
 
@@ -108,15 +99,18 @@ pub(in crate::channel) struct Half {
     ring: verbs::Region,
     rest: verbs::Region,
     pages: Pages,
+    place: Place,
 }
 
 impl Half {
     /// Makes a queue pair and its memory on `port` of `device`.
     pub(in crate::channel) fn new(
-        device: &Arc<Device>,
+        rail: &Rail,
         port: &Port,
+        place: &Place,
         class: Class,
     ) -> Result<Half, LinkError> {
+        let device = &rail.device;
         let options = QueueOptions {
             sends: SENDS as u32,
             receives: RECEIVES as u32,
@@ -135,7 +129,7 @@ impl Half {
             )
         };
         let queue = Queue::new(device, port, &options)?;
-        let half = Half { queue, ring, rest, pages };
+        let half = Half { queue, ring, rest, pages, place: place.clone() };
         for slot in 0..half.receives() {
             half.post_receive(slot)?;
         }
@@ -157,26 +151,30 @@ impl Half {
         unsafe { self.queue.post_recv(RECEIVE | slot as u64, Some(into)) }
     }
 
+    /// What the peer needs to know to write to this side.
     pub(in crate::channel) fn endpoint(&self) -> Endpoint {
-        Endpoint {
+        let end = End {
+            place: self.place.clone(),
             address: self.queue.address(),
-            ring_at: self.pages.at(0) as u64,
-            ring_key: self.ring.keys().remote,
-            ring: RING as u32,
             receives: self.receives() as u32,
-        }
+            bytes: RING as u32,
+            // The ring's key is good as long as its channel.
+            windows: false,
+        };
+        Endpoint { end, ring: (self.pages.at(0) as u64, self.ring.keys().remote) }
     }
 
     /// Connects to the peer's half. [`VerbsChannel::attach`] comes when both sides are content.
-    pub(in crate::channel) fn connect(self, peer: Endpoint) -> Result<VerbsChannel, LinkError> {
-        self.queue.connect(&peer.address)?;
+    pub(in crate::channel) fn connect(self, peer: &Endpoint) -> Result<VerbsChannel, ChannelError> {
+        let theirs = shape_of(peer)?;
+        let connected = self.queue.connect(&peer.end.address);
+        connected.map_err(|e| ChannelError::device(self.queue.device().name(), e))?;
         let alarm = Arc::new(Mutex::new(None));
         let heard = alarm.clone();
         self.queue.on_failure(move |reason| {
             lock(&heard).get_or_insert_with(|| reason.to_owned());
         });
         let mine = Shape { ring: RING, receives: self.receives() };
-        let theirs = Shape { ring: peer.ring as usize, receives: peer.receives as usize };
         let stage = (self.pages.at(RING), STAGE);
         let depth = self.queue.options().sends as usize;
         // SAFETY: the pages live as long as the half, which the channel holds beside the core.
@@ -184,7 +182,7 @@ impl Half {
         Ok(VerbsChannel {
             half: self,
             core,
-            peer,
+            ring: peer.ring,
             side: None,
             alarm,
             // As the queue was made.
@@ -202,7 +200,8 @@ pub(in crate::channel) struct VerbsChannel {
     /// Destroyed first, and its queue pair before its memory.
     half: Half,
     core: Core,
-    peer: Endpoint,
+    /// Where the peer's ring is, and its key.
+    ring: (u64, u32),
     /// Absent as long as the negotiation is spoken on it.
     side: Option<TcpStream>,
     /// What the device has said about the queue pair outside of any work.
@@ -347,7 +346,7 @@ impl VerbsChannel {
         let op = match work.to {
             To::Note => Op::Send,
             To::Ring { at, imm } => {
-                let remote = Remote { address: self.peer.ring_at + at as u64, key: self.peer.ring_key };
+                let remote = Remote { address: self.ring.0 + at as u64, key: self.ring.1 };
                 Op::WriteImm(remote, imm)
             }
             To::Memory { address, key, imm: Some(imm) } => Op::WriteImm(Remote { address, key }, imm),
@@ -532,3 +531,31 @@ impl Drop for VerbsChannel {
 }
 
 const _: () = assert!(NOTE_BYTES <= SLOT && RING <= MAX_RING && RECEIVES <= MAX_RECEIVES);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_impossible_ring_is_refused() {
+        let gid = [1; 16];
+        let place =
+            Place { link: crate::verbs::port::LinkLayer::Ethernet, gid, rail: 0, name: "rxe0".into() };
+        let address = crate::verbs::Address { qp: 17, psn: 0, gid, lid: 0, mtu: 5, reads: 1 };
+        let end = End { place, address, receives: 64, bytes: 4096, windows: false };
+        let good = Endpoint { end, ring: (1 << 40, 9) };
+        assert_eq!(shape_of(&good).unwrap(), Shape { ring: 4096, receives: 64 });
+        let spoil: [&dyn Fn(&mut Endpoint); 5] = [
+            &|e| e.end.bytes = MIN_RING as u32 - 1,
+            &|e| e.end.bytes = MAX_RING as u32 + 1,
+            &|e| e.end.receives = MIN_RECEIVES as u32 - 1,
+            &|e| e.end.receives = MAX_RECEIVES as u32 + 1,
+            &|e| e.ring.0 = u64::MAX - 100,
+        ];
+        for (i, spoil) in spoil.iter().enumerate() {
+            let mut bad = good.clone();
+            spoil(&mut bad);
+            assert!(matches!(shape_of(&bad), Err(ChannelError::Protocol(_))), "{i}");
+        }
+    }
+}
