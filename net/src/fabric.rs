@@ -78,8 +78,8 @@ pub struct NetOptions {
     /// overrides it.
     pub devices: Vec<String>,
     /// Encrypt what goes between members, by TLS 1.3 on TCP: for networks that others can read or
-    /// write. Default no: members are trusted to deliver what they send, and encrypting costs about
-    /// a core for each two gigabytes a second. RDMA is not used then. Must be alike on all.
+    /// write. Default no: members are trusted to deliver what they send, and encrypting takes the
+    /// processor's time. RDMA is not used then. Must be alike on all.
     pub tls: bool,
     /// File data.
     pub storage: Class,

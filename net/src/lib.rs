@@ -6,7 +6,7 @@
 //!   fs3, scheduler                     reduce
 //!   Client / Server (tokio)            Channel (the caller's own progress thread)
 //!        └── link: LinkTx + LinkRx          └── non-blocking socket
-//!              ├── TCP                handshake: mutual proof of the cluster's secret,
+//!              ├── TCP, TLS           handshake: mutual proof of the cluster's secret,
 //!              └── RDMA (verbs)                  one state machine without I/O for both
 //!   buf: page-aligned, bounded, registered once
 //! ```
@@ -32,9 +32,13 @@
 //! * **A call that failed with `Timeout` or `Disconnected` may have happened.** RPC never repeats a
 //!   call that was sent; exactly-once is the services' affair (`types::RequestId`).
 //!
-//! What this crate does not do: encryption and per-message authentication (the data network is
-//! trusted to deliver what members send; checksums of stored data travel end to end in the heads),
-//! retries (callers use `types::Backoff`), and naming (callers know addresses from the routing
+//! A peer is reached by several connections: one for small calls, others for bulk ([`rpc`]). Replies
+//! on their way to one client are bounded over all its peers. With `NetOptions::tls` RPC runs inside
+//! TLS.
+//!
+//! What this crate does not do: encryption and per-message authentication unless TLS is asked for
+//! (else the data network is trusted to deliver what members send; checksums of stored data travel
+//! end to end in the heads), encryption of channels, retries (callers use `types::Backoff`), and naming (callers know addresses from the routing
 //! table).
 
 pub mod buf;

@@ -72,12 +72,13 @@ impl End for Epoll {
                 self.wait();
                 continue;
             }
+            let asked = into.len() - at;
             match self.stream.read(&mut into[at..]) {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(n) => {
                     at += n;
                     // Less than asked for: the socket is empty, as event loops conclude.
-                    self.readable = at == into.len() && n == into.len();
+                    self.readable = n == asked;
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => self.readable = false,
                 Err(e) => return Err(e),
@@ -104,7 +105,7 @@ impl Uring {
         types::Fd(self.stream.as_raw_fd())
     }
 
-    /// Submits, waits for `n` completions and returns the last one's result by user data 1.
+    /// Submits, waits for `n` completions and returns their results by user data.
     fn wait(&mut self, n: usize) -> io::Result<[i32; 2]> {
         self.ring.submit_and_wait(n)?;
         let mut results = [0; 2];

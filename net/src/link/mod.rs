@@ -182,8 +182,8 @@ pub(crate) trait LinkTx: Send + 'static {
 
 /// The receiving half.
 pub(crate) trait LinkRx: Send + 'static {
-    /// Whether the next message has at least begun to arrive in this process, so that answers may
-    /// wait for its own and travel together.
+    /// Whether the next message is in this process already, so that `recv` and what follows will not
+    /// wait for the peer, and answers may wait for the next one's and travel together.
     fn is_ahead(&self) -> bool {
         false
     }

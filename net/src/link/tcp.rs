@@ -346,7 +346,14 @@ impl<R: ReadHalf> TcpRx<R> {
 
 impl<R: ReadHalf> LinkRx for TcpRx<R> {
     fn is_ahead(&self) -> bool {
-        self.to - self.from >= HEADER_BYTES
+        let ahead = &self.ahead[self.from..self.to];
+        let length = |at: usize| {
+            let bytes = ahead.get(at..at + 4).and_then(|b| b.try_into().ok());
+            bytes.map_or(usize::MAX, |b| u32::from_le_bytes(b) as usize)
+        };
+        // All of it: what has only begun to arrive may take its time, and nothing must wait for it.
+        ahead.len() >= HEADER_BYTES
+            && HEADER_BYTES.saturating_add(length(4)).saturating_add(length(16)) <= ahead.len()
     }
 
     async fn recv(&mut self) -> Result<Incoming, LinkError> {

@@ -40,17 +40,21 @@ pub(crate) struct Tls {
 
 impl Tls {
     pub(crate) fn new(secret: &ClusterSecret) -> Result<Tls, HandshakeError> {
-        let setup = |e: Error| HandshakeError::Tls(format!("TLS cannot be set up: {e}"));
-        let key = key_of(secret).map_err(setup)?;
-        let public =
-            key.public_key().ok_or_else(|| setup(Error::General("no public key".into())))?.into_owned();
+        let made = key_of(secret).and_then(|key| {
+            let public = key.public_key().map(|key| key.into_owned());
+            Tls::assemble(public.ok_or_else(|| Error::General("no public key".into()))?, key)
+        });
+        made.map_err(|e| HandshakeError::Tls(format!("TLS cannot be set up: {e}")))
+    }
+
+    /// Presents and expects `public`, and signs with `key`.
+    fn assemble(public: SubjectPublicKeyInfoDer<'static>, key: Arc<dyn SigningKey>) -> Result<Tls, Error> {
         let certified = Arc::new(CertifiedKey::new(vec![CertificateDer::from(public.to_vec())], key));
         let provider = Arc::new(ring::default_provider());
         let members = Arc::new(Members { public, provider: provider.clone() });
 
         let mut client = ClientConfig::builder_with_provider(provider.clone())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(setup)?
+            .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
             .with_custom_certificate_verifier(members.clone())
             .with_client_cert_resolver(Arc::new(rustls::client::AlwaysResolvesClientRawPublicKeys::new(
@@ -59,8 +63,7 @@ impl Tls {
         // Connections live long; every one of them proves both sides.
         client.resumption = rustls::client::Resumption::disabled();
         let mut server = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(setup)?
+            .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_client_cert_verifier(members)
             .with_cert_resolver(Arc::new(rustls::server::AlwaysResolvesServerRawPublicKeys::new(certified)));
         server.send_tls13_tickets = 0;
@@ -73,8 +76,7 @@ impl Tls {
         Ok(self.connector.connect(name, stream).await.map_err(refused)?.into())
     }
 
-    /// The dialled side. A peer that does not begin with TLS is left as it is, for its own
-    /// handshake to refuse.
+    /// The dialled side, of a peer that begins with TLS.
     pub(crate) async fn accept(&self, stream: TcpStream) -> Result<TlsStream<TcpStream>, HandshakeError> {
         Ok(self.acceptor.accept(stream).await.map_err(refused)?.into())
     }

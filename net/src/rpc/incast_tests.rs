@@ -114,6 +114,7 @@ async fn abandoned_calls_give_their_place_up() {
     for (task, _) in &mut rest {
         task.abort();
         assert!(task.await.unwrap_err().is_cancelled());
+        assert_eq!(client.incast().now().1, 0, "nobody is in line for a call that was given up");
     }
     rest.rotate_right(1);
     let dropped = next(&mut stream).await;

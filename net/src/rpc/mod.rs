@@ -1,4 +1,13 @@
 //! Remote procedure calls whose payloads are received straight into pool buffers.
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | `client`, `peer`, `lanes` | calls; the connections to one server; which carrier each shall use (pure) |
+//! | `connection`, `serving` | one connection, as its client and as its server see it |
+//! | `outbox` | what one side still has to say |
+//! | `incast` | the bound on replies on their way to one client (its budget is pure) |
+//! | `server`, `carrier` | accepting; TCP or RDMA |
+//! | `frame`, [`info`] | what travels |
 
 mod carrier;
 mod client;
