@@ -71,8 +71,17 @@ sim: setup-build ## More simulation: make sim SEEDS=20000 FROM=7000
 	FIREFLY_SIM_SEEDS=$(SEEDS) FIREFLY_SIM_FROM=$(FROM) cargo test --release -p firefly-sim -- --nocapture
 
 .PHONY: rdma
-rdma: ## net's transport over real verbs, in a virtual machine with Soft-RoCE
+rdma: setup-run ## fs3 and collectives over real verbs, in virtual machines with Soft-RoCE
+	tests/rdma-vm/selftest.sh
 	tests/rdma-vm/run.sh
+
+.PHONY: torch-suite
+torch-suite: torch release python ## torch's own distributed tests on ffreduce, at 2, 3 and 4 ranks, twice
+	$(PYTHON) python/suite/torch_suite.py $(ARGS)
+
+.PHONY: kill-matrix
+kill-matrix: setup-build ## Deaths and stops of ranks before, in and after every collective: all of them
+	FIREFLY_KILL_MATRIX=all cargo test --release -p firefly-reduce --test kill_matrix -- --nocapture
 
 .PHONY: test-all
 test-all: test sim rdma ## The long runs too

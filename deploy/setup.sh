@@ -7,6 +7,7 @@
 #   deploy/setup.sh torch    .venv with the current torch        (3 GB to fetch, 2-5 minutes, once)
 #   deploy/setup.sh test     tools that tests use (git, python3, ...)          (seconds)
 #   deploy/setup.sh bench    fio, iperf3                                       (seconds)
+#   deploy/setup.sh rdma     what the virtual machines of tests/rdma-vm need   (half a minute)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,7 +30,7 @@ install_missing() {
     say "installing system packages: ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq
-    apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    apt-get install -y -qq -o DPkg::Lock::Timeout=300 --no-install-recommends "${missing[@]}" >/dev/null
     missing=()
 }
 
@@ -66,6 +67,21 @@ for part in "$@"; do
             need iperf3 iperf3
             install_missing
             ;;
+        rdma)
+            need qemu-system-x86_64 qemu-system-x86
+            # The commands of these exist in other packages too.
+            need /usr/share/doc/busybox-static busybox-static
+            need /etc/libibverbs.d/rxe.driver ibverbs-providers
+            need /usr/include/infiniband/verbs.h libibverbs-dev
+            need /usr/include/stdio.h libc6-dev
+            need ibv_devices ibverbs-utils
+            need cc gcc
+            need cpio cpio
+            need depmod kmod
+            need rdma iproute2
+            need xz xz-utils
+            install_missing
+            ;;
         torch)
             need g++ g++
             if [ -z "$(python_for_venv)" ]; then missing+=(python3-venv python3-dev); fi
@@ -78,12 +94,12 @@ for part in "$@"; do
                 say "making a Python environment in .venv"
                 "$python" -m venv .venv
             fi
-            if ! .venv/bin/python -c 'import torch, numpy, sklearn, pytest, ninja, setuptools, wheel' 2>/dev/null; then
+            if ! .venv/bin/python -c 'import torch, numpy, sklearn, pytest, ninja, expecttest, setuptools, wheel' 2>/dev/null; then
                 free=$(df --output=avail -BG . | tail -n 1 | tr -dc 0-9)
                 [ "$free" -ge 10 ] || die "torch needs about 9 GB of disk while it installs and ${free} GB are free here"
                 say "fetching torch and friends into .venv: about 3 GB, 2 to 5 minutes, once"
                 .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-                    torch numpy scikit-learn pytest ninja setuptools wheel
+                    torch numpy scikit-learn pytest ninja expecttest setuptools wheel
             fi
             ;;
         *) die "unknown part: $part" ;;

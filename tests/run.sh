@@ -24,6 +24,16 @@ python_package() {
         --no-build-isolation --no-deps ./python
 }
 
+# Where its packages or kernel cannot be had, RDMA is not tested, and the closing lines say so.
+not_tested=()
+rdma() {
+    local code=0
+    tests/rdma-vm/run.sh --fast || code=$?
+    [ "$code" = 77 ] || return "$code"
+    [ "${FIREFLY_REQUIRE_RDMA:-}" != 1 ] || return 1
+    not_tested+=("RDMA WAS NOT TESTED: $(cat "${CARGO_TARGET_DIR:-target}/rdma-vm/why-not")")
+}
+
 part "system packages" deploy/setup.sh build run test
 # torch is 3 GB to fetch: that goes on while the compiler works.
 deploy/setup.sh torch >"$torch_log" 2>&1 &
@@ -37,7 +47,9 @@ wait "$torch_pid"
 part "digits (fetch, once)" deploy/digits/fetch.sh .cache
 part "python package" python_package
 part "python tests" .venv/bin/python -m pytest -q python/tests
+part "RDMA in a virtual machine" rdma
 part "end to end" env FIREFLY_REQUIRE_TORCH=1 cargo test -p firefly-tests -- --test-threads=1
 
 printf '\n==== all parts passed\n'
 printf '%s\n' "${parts[@]}" "$(printf '%-34s %4d s' "in all" $SECONDS)"
+for line in "${not_tested[@]}"; do printf '\n\033[1;31m!!!! %s\033[0m\n' "$line"; done

@@ -1,6 +1,7 @@
 //! What every command needs: where the cluster is, whom to prove membership to, how to print.
 
 use anyhow::{Context as _, Result, bail};
+use firefly_net::{Fabric, NetOptions};
 use firefly_types::{ClusterId, ClusterSecret};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -27,6 +28,9 @@ pub struct ClusterDescription {
     pub manager: String,
     /// gRPC address of the scheduler, "ip:port".
     pub scheduler: String,
+    /// How commands on this machine, mounts among them, reach the servers.
+    #[serde(default, skip_serializing_if = "crate::serve::is_default")]
+    pub net: NetOptions,
 }
 
 /// The cluster that a command talks to.
@@ -74,6 +78,13 @@ impl Context {
         let cluster: ClusterDescription = firefly_types::config::load(&description)?;
         let secret = ClusterSecret::load(&state.join("secret"))?;
         Ok(Context { state: state.to_owned(), json, cluster, secret })
+    }
+
+    /// Opens this process's network as the cluster's description wants it: before the data path is
+    /// used for the first time.
+    pub fn open_network(&self) -> Result<Fabric> {
+        Fabric::install(self.cluster.net.clone()).map_err(anyhow::Error::msg)?;
+        Ok(Fabric::shared())
     }
 
     /// Who we are on the data path.

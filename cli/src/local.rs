@@ -6,6 +6,7 @@
 use crate::context::{ClusterDescription, Context};
 use crate::serve::NodeConfig;
 use anyhow::{Context as _, Result, bail};
+use firefly_net::NetOptions;
 use firefly_types::{ClusterId, ClusterSecret};
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -141,8 +142,12 @@ impl LocalCluster {
         for (name, config) in &configs {
             fs::write(self.config_path(name), toml::to_string_pretty(config)?)?;
         }
-        let description =
-            ClusterDescription { cluster_id, manager: manager.to_string(), scheduler: scheduler.to_string() };
+        let description = ClusterDescription {
+            cluster_id,
+            manager: manager.to_string(),
+            scheduler: scheduler.to_string(),
+            net: NetOptions::default(),
+        };
         // Last: its presence says that the layout is complete.
         fs::write(self.state.join("cluster.toml"), toml::to_string_pretty(&description)?)?;
         Ok(())

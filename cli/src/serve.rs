@@ -1,7 +1,7 @@
 //! `ff serve`: runs the roles that a configuration names, on one node of a cluster of any size.
 
 use anyhow::{Context as _, Result, bail};
-use firefly_net::Identity;
+use firefly_net::{Fabric, Identity, NetOptions};
 use firefly_types::{ByteSize, ClusterId, ClusterSecret, NodeId};
 use fs3_meta::MetaSettings;
 use fs3_mgmtd::MgmtdSettings;
@@ -19,6 +19,9 @@ pub struct NodeConfig {
     pub cluster_id: String,
     /// File with the cluster secret, 64 hexadecimal digits, mode 0600.
     pub secret_file: PathBuf,
+    /// How the node reaches its peers. Default: RDMA where both sides have it, else TCP.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub net: NetOptions,
     /// Runs the fs3 manager here.
     pub manager: Option<ManagerSection>,
     /// Runs a metadata server here.
@@ -29,6 +32,11 @@ pub struct NodeConfig {
     pub scheduler: Option<SchedulerSection>,
     /// Runs an agent here.
     pub agent: Option<AgentSection>,
+}
+
+/// Keeps `[net]` out of files that say nothing about it.
+pub(crate) fn is_default(options: &NetOptions) -> bool {
+    *options == NetOptions::default()
 }
 
 /// The fs3 manager.
@@ -111,6 +119,7 @@ impl NodeConfig {
         Self {
             cluster_id: cluster_id.to_owned(),
             secret_file: secret_file.to_owned(),
+            net: NetOptions::default(),
             manager: None,
             meta: None,
             storage: None,
@@ -194,7 +203,7 @@ impl NodeConfig {
 /// Run the roles that a configuration names, on one node
 ///
 /// One file may name several roles: sections [manager], [meta], [storage], [scheduler] and
-/// [agent]. `deploy/examples` holds files to start from, docs/operations.md explains the keys.
+/// [agent]; [net] says how the node reaches its peers. `deploy/examples` holds files to start from, docs/operations.md explains the keys.
 /// Ends cleanly at SIGTERM and SIGINT. FIREFLY_LOG sets what is logged (info by default).
 #[derive(clap::Args, Clone, Debug)]
 pub struct ServeArgs {
@@ -244,6 +253,7 @@ pub async fn run(args: &ServeArgs) -> Result<()> {
 async fn start(config: NodeConfig, stop: &CancellationToken) -> Result<Vec<Ending>> {
     let cluster: ClusterId = config.cluster_id.parse().context("cluster_id is not 32 hexadecimal digits")?;
     let secret = ClusterSecret::load(&config.secret_file)?;
+    Fabric::install(config.net).map_err(anyhow::Error::msg)?;
     let identity = |name: String| Identity { cluster, secret: secret.clone(), name };
     let mut endings: Vec<Ending> = Vec::new();
     if let Some(section) = config.manager {
@@ -324,4 +334,58 @@ async fn start(config: NodeConfig, stop: &CancellationToken) -> Result<Vec<Endin
         bail!("the configuration names no role: add a section such as [storage]");
     }
     Ok(endings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use firefly_net::Transport;
+
+    #[test]
+    fn the_examples_are_what_serve_reads() {
+        let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples");
+        let load = |path: &Path| firefly_types::config::load::<NodeConfig>(path);
+        let mut seen = 0;
+        for entry in std::fs::read_dir(examples).unwrap() {
+            let path = entry.unwrap().path();
+            let config = load(&path).unwrap();
+            assert!(config.manager.is_some() || config.storage.is_some(), "{}", path.display());
+            // What an example shows commented out is right too.
+            let text = std::fs::read_to_string(&path).unwrap();
+            let all: Vec<&str> = text
+                .lines()
+                .map(|line| {
+                    line.strip_prefix("# ")
+                        .filter(|l| l.starts_with('[') || l.contains(" = "))
+                        .unwrap_or(line)
+                })
+                .collect();
+            let dir = tempfile::tempdir().unwrap();
+            let uncommented = dir.path().join("all.toml");
+            std::fs::write(&uncommented, all.join("\n")).unwrap();
+            let config = load(&uncommented).unwrap();
+            if config.storage.is_some() {
+                assert_eq!(config.net.devices, ["mlx5_0"]);
+                assert_eq!((config.net.storage.service_level, config.net.storage.traffic_class), (3, 104));
+            }
+            seen += 1;
+        }
+        assert!(seen >= 2);
+    }
+
+    #[test]
+    fn net_is_optional_kept_and_checked() {
+        let base = "cluster_id = \"x\"\nsecret_file = \"s\"\n";
+        let config: NodeConfig = toml::from_str(base).unwrap();
+        assert_eq!(config.net, NetOptions::default());
+        assert!(!toml::to_string(&config).unwrap().contains("net"), "files stay as small as they were");
+        let config: NodeConfig = toml::from_str(&format!("{base}[net]\ntransport = \"rdma\"\n")).unwrap();
+        assert_eq!(config.net.transport, Transport::Rdma);
+        let again: NodeConfig = toml::from_str(&toml::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again.net, config.net);
+        for wrong in ["transport = \"udp\"", "device = [\"mlx5_0\"]", "devices = \"mlx5_0\""] {
+            let error = toml::from_str::<NodeConfig>(&format!("{base}[net]\n{wrong}\n")).unwrap_err();
+            assert!(error.to_string().contains(wrong), "{error}");
+        }
+    }
 }

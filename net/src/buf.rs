@@ -364,9 +364,10 @@ impl fmt::Debug for Buf {
     }
 }
 
-/// Granularity of [`Heads`]: a semaphore counts in 32 bits, and heads are mostly far smaller.
+/// Granularity of [`Heads`], which a semaphore keeps in 32 bits. Heads up to it, as most are, are
+/// not counted: the number of calls in flight bounds them.
 const HEAD_UNIT: usize = 1 << 10;
-/// Heads of one connection in memory at a time, in and out: several of the longest, or thousands
+/// Long heads of one connection in memory at a time, in and out: several of the longest, or thousands
 /// of usual ones.
 const CONNECTION_HEADS: usize = 8 << 20;
 
@@ -409,12 +410,23 @@ impl Heads {
 
     /// Room for a head of `len` bytes if there is some now.
     pub(crate) fn try_take(&self, len: usize) -> Option<HeadRoom> {
-        if len == 0 {
+        if len <= HEAD_UNIT {
             return Some(HeadRoom::default());
         }
         let connection = self.connection.clone().try_acquire_many_owned(self.units(len)).ok()?;
         let all = self.all.clone().try_acquire_many_owned(self.units(len)).ok()?;
         Some(HeadRoom { permits: Some((connection, all)) })
+    }
+
+    /// Bytes of heads that take room now, of all connections.
+    #[cfg(test)]
+    pub(crate) fn in_use(&self, limit_bytes: usize) -> usize {
+        limit_bytes - self.all.available_permits() * HEAD_UNIT
+    }
+
+    /// The least room that is counted, waiting in line for it.
+    pub(crate) async fn take_some(&self) -> HeadRoom {
+        self.take(HEAD_UNIT + 1).await
     }
 
     /// Room for a head of `len` bytes, waiting in line for it.

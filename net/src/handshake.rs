@@ -27,7 +27,10 @@ const LABEL: &[u8] = b"firefly net handshake 1";
 /// the lower one only after a release that spoke both.
 pub(crate) const VERSION_MIN: u16 = 1;
 /// See [`VERSION_MIN`].
-pub(crate) const VERSION_MAX: u16 = 1;
+pub(crate) const VERSION_MAX: u16 = 2;
+/// Since this version a reply may wait for its grant (`rpc::incast`), and servers answer
+/// `rpc::INFO_METHOD`.
+pub(crate) const VERSION_GRANTS: u16 = 2;
 
 /// Bytes of a random challenge.
 const NONCE: usize = 32;

@@ -49,8 +49,13 @@ fn each_mismatch_has_its_reason_on_both_sides() {
         (Terms { cluster: ClusterId(6), ..terms(1) }, HandshakeError::WrongCluster),
         (Terms { purpose: Purpose::Channel, ..terms(1) }, HandshakeError::WrongPurpose),
         (
-            Terms { versions: (2, 3), ..terms(1) },
-            HandshakeError::Version { client_min: 2, client_max: 3, server_min: 1, server_max: 1 },
+            Terms { versions: (VERSION_MAX + 1, 9), ..terms(1) },
+            HandshakeError::Version {
+                client_min: VERSION_MAX + 1,
+                client_max: 9,
+                server_min: VERSION_MIN,
+                server_max: VERSION_MAX,
+            },
         ),
     ];
     for (client, want) in cases {
@@ -136,20 +141,27 @@ fn golden_hello() {
     let (_, hello) = Initiator::start(terms(1), "", [0; 32], [0xAB; NONCE]);
     let hex: String = hello.iter().map(|b| format!("{b:02x}")).collect();
     let nonce = "ab".repeat(NONCE);
-    assert_eq!(hex, format!("46464e455400010a0100010001000000{}{nonce}", "05000000000000000000000000000000"));
+    assert_eq!(hex, format!("46464e455400010a0100020001000000{}{nonce}", "05000000000000000000000000000000"));
 }
 
-/// Pins the whole exchange, proofs included: releases N and N-1 must keep understanding each other.
+/// Pins the whole exchange, proofs included, of this release and of the one before: releases N and
+/// N-1 must keep understanding each other.
 #[test]
 fn golden_exchange() {
-    let (mut client, hello) = Initiator::start(terms(1), "storage n3", [9; 32], [0xAA; NONCE]);
-    let mut server = Responder::new(terms(1), [0xBB; NONCE]);
-    let challenge = server.feed(&hello).send;
-    let proof = client.feed(&challenge).send;
-    let verdict = server.feed(&proof).send;
-    let tail = |m: &[u8]| m[m.len() - 8..].iter().map(|b| format!("{b:02x}")).collect::<String>();
-    assert_eq!((hello.len(), challenge.len(), proof.len(), verdict.len()), (64, 48, 166, 34));
-    assert_eq!((tail(&proof).as_str(), tail(&verdict).as_str()), ("d2836172d1452311", "0f8cc307042f23ad"));
+    for (versions, proofs) in [
+        ((1, 1), ["d2836172d1452311", "0f8cc307042f23ad"]),
+        ((1, 2), ["b8c461c5bc0b16ff", "d7f7b0655814e4b7"]),
+    ] {
+        let terms = || Terms { versions, ..terms(1) };
+        let (mut client, hello) = Initiator::start(terms(), "storage n3", [9; 32], [0xAA; NONCE]);
+        let mut server = Responder::new(terms(), [0xBB; NONCE]);
+        let challenge = server.feed(&hello).send;
+        let proof = client.feed(&challenge).send;
+        let verdict = server.feed(&proof).send;
+        let tail = |m: &[u8]| m[m.len() - 8..].iter().map(|b| format!("{b:02x}")).collect::<String>();
+        assert_eq!((hello.len(), challenge.len(), proof.len(), verdict.len()), (64, 48, 166, 34));
+        assert_eq!([tail(&proof).as_str(), tail(&verdict).as_str()], proofs);
+    }
 }
 
 proptest! {

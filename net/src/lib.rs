@@ -48,7 +48,8 @@ mod verbs;
 
 pub use buf::{BUF_ALIGN, Buf, BufMut, BufPool};
 pub use channel::{
-    Channel, ChannelError, ChannelListener, Completion, HEADER_BYTES, Incoming, connect_channel,
+    Channel, ChannelCounters, ChannelError, ChannelListener, ChannelOptions, Completion, HEADER_BYTES,
+    Incoming, MOST_SOCKETS, Region, connect_channel,
 };
 pub use error::{CallError, HandshakeError, LinkError, WorkError};
 pub use fabric::{

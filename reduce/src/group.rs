@@ -10,6 +10,7 @@ use crate::engine::{Engine, Names, Submission};
 use crate::op::{Callback, OpState};
 use crate::request::{Plan, Request, Shape};
 use crate::shm::segment::Segment;
+use crate::wire::{Carried, Reach};
 use firefly_types::lock;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use std::collections::VecDeque;
@@ -50,16 +51,38 @@ pub struct Stats {
     pub shm_bytes_sent: u64,
     /// Payload bytes taken from ranks of this node through shared memory.
     pub shm_bytes_received: u64,
-    /// Bytes given to the network, headers included.
+    /// Bytes given to TCP, headers included.
     pub tcp_bytes_sent: u64,
-    /// Bytes taken from the network, headers included.
+    /// Bytes taken from TCP, headers included.
     pub tcp_bytes_received: u64,
+    /// Bytes given to RDMA devices, headers and steering included.
+    pub rdma_bytes_sent: u64,
+    /// Bytes that RDMA devices have delivered, headers and steering included.
+    pub rdma_bytes_received: u64,
+    /// Payload bytes copied in user space on their way between channels and operations' memory.
+    pub copied_bytes: u64,
     /// Input bytes that this rank has reduced.
     pub reduced_bytes: u64,
     /// Ranks reached through shared memory.
     pub local_peers: u32,
     /// Ranks reached through the network.
     pub remote_peers: u32,
+    /// Of these, the ranks reached by RDMA.
+    pub rdma_peers: u32,
+}
+
+impl Stats {
+    /// What this rank reaches the others by: "shm", "rdma" and "tcp" as far as they are in use, with
+    /// "+" between; "none" in a group of one.
+    pub fn transport(&self) -> String {
+        let used = [
+            ("shm", self.local_peers > 0),
+            ("rdma", self.rdma_peers > 0),
+            ("tcp", self.remote_peers > self.rdma_peers),
+        ];
+        let used: Vec<&str> = used.into_iter().filter(|(_, used)| *used).map(|(name, _)| name).collect();
+        if used.is_empty() { "none".into() } else { used.join("+") }
+    }
 }
 
 struct Queue {
@@ -113,7 +136,7 @@ impl Group {
         let local = engine.local_peers.len() + 1;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let group = Arc::new(Self {
-            shape: Shape { rank: names.rank, size: names.size, one_node: !engine.has_remote_peers() },
+            shape: Shape { rank: names.rank, size: names.size, arena: engine.arena.is_some() },
             queue: Mutex::new(Queue { sequence: 0, items: VecDeque::new() }),
             segment: engine.segment.clone(),
             engine: Mutex::new(engine),
@@ -136,6 +159,7 @@ impl Group {
             .spawn(move || runner.run())
             .map_err(|e| ReduceError::system("starting the progress thread", e))?;
         *lock(&group.thread) = Some(thread);
+        crate::elastic::retract();
         Ok(group)
     }
 
@@ -351,31 +375,46 @@ impl Group {
             engine.accept(item);
         }
         let detail = format!("rank {} aborted the group: {reason}", self.names.rank);
-        engine.fail(ReduceError::Aborted { detail });
+        engine.break_off(ReduceError::Aborted { detail });
         self.deliver(engine);
         // Its sleep may be long, and it holds descriptors of a group that is gone.
         self.wake();
     }
 
     pub(crate) fn stats(&self) -> Stats {
-        let mut stats = *lock(&self.last_bytes);
-        if let Some(engine) = self.try_engine() {
-            stats = self.read_bytes(&engine, stats);
-        }
+        let mut stats = if self.forked() {
+            *lock(&self.last_bytes)
+        } else {
+            let engine = lock(&self.engine);
+            let last = *lock(&self.last_bytes);
+            self.read_bytes(&engine, last)
+        };
         stats.submitted = self.counts.submitted.load(Ordering::Relaxed);
         stats.completed = self.counts.completed.load(Ordering::Relaxed);
         stats.failed = self.counts.failed.load(Ordering::Relaxed);
         stats
     }
 
+    /// How `rank` is reached; `None` for this rank itself and once the group is broken.
+    pub(crate) fn reach(&self, rank: u32) -> Option<Reach> {
+        if self.forked() {
+            return None;
+        }
+        lock(&self.engine).wire.as_ref()?.reach(rank)
+    }
+
     fn read_bytes(&self, engine: &Engine, mut stats: Stats) -> Stats {
         if let Some(wire) = &engine.wire {
-            let (shm, tcp) = wire.bytes();
+            let Carried { shm, tcp, rdma, rdma_peers, copied } = wire.carried();
             let arena = engine.arena.as_ref().map(|a| a.counted.get()).unwrap_or_default();
             stats.shm_bytes_sent = shm.0 + arena.staged;
             stats.shm_bytes_received = shm.1 + arena.read;
             stats.tcp_bytes_sent = tcp.0;
             stats.tcp_bytes_received = tcp.1;
+            stats.rdma_bytes_sent = rdma.0;
+            stats.rdma_bytes_received = rdma.1;
+            stats.copied_bytes = copied;
+            stats.rdma_peers = rdma_peers;
             stats.reduced_bytes = engine.reduced_bytes();
             stats.local_peers = engine.local_peers.len() as u32;
             stats.remote_peers = self.names.size - 1 - stats.local_peers;

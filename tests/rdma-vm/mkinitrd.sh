@@ -44,7 +44,7 @@ mkdir -p "$tree/etc/libibverbs.d" && cp /etc/libibverbs.d/rxe.driver "$tree/etc/
 # crc32_generic first: rxe asks the crypto interface for "crc32" and nobody in here would load it.
 n=0
 : >"$tree/mod/order"
-for module in crc32_generic crc32c_generic virtio_pci 9p 9pnet_virtio veth sch_netem rdma_rxe ib_uverbs; do
+for module in crc32_generic crc32c_generic virtio_pci virtio_net 9p 9pnet_virtio fuse veth dummy sch_netem rdma_rxe ib_uverbs; do
     modprobe -d "$kernel" -S "$version" --show-depends "$module" 2>/dev/null | while read -r verb path _; do
         # A module that is built in prints "builtin NAME".
         if [ "$verb" = insmod ]; then echo "$path"; fi

@@ -4,8 +4,12 @@
 //! The tests run the binary that lies beside them in the target folder, so build it first:
 //! `make test` does, and by hand `cargo build -p firefly-cli`.
 
+use firefly_cli::cmd::status::ChainHealth;
+use firefly_cli::connect::routing;
+use firefly_cli::context::ClusterDescription;
 use firefly_cli::local::{LocalCluster, Shape};
 use firefly_cli::mount::MountProcess;
+use firefly_cli::serve::NodeConfig;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -78,16 +82,54 @@ impl Cluster {
 
     /// Starts a cluster of the given shape.
     pub fn start_shape(shape: &Shape) -> Self {
+        let cluster = Self::laid_out(shape);
+        cluster.up();
+        // A server answers a moment before the manager lets its targets serve.
+        eventually("every chain serves", || cluster.is_whole());
+        cluster
+    }
+
+    /// Lays a cluster out and starts nothing, so that its configuration can be changed first.
+    pub fn laid_out(shape: &Shape) -> Self {
         let dir = tempfile::tempdir().expect("a scratch folder");
         let local = LocalCluster::at(&dir.path().join("state"));
         local.create(shape).expect("the layout");
-        local.start(&ff(), |_| ()).expect("every role starts");
         Self { local, dir, mounts: Vec::new() }
+    }
+
+    /// Changes the configuration of a role, for its next start.
+    pub fn configure(&self, role: &str, change: impl FnOnce(&mut NodeConfig)) {
+        rewrite(&self.local.state().join(format!("conf/{role}.toml")), change);
+    }
+
+    /// Changes how commands reach the cluster.
+    pub fn configure_commands(&self, change: impl FnOnce(&mut ClusterDescription)) {
+        rewrite(&self.local.state().join("cluster.toml"), change);
+    }
+
+    /// Starts every role that does not run.
+    pub fn up(&self) {
+        self.local.start(&ff(), |_| ()).expect("every role starts");
     }
 
     /// The scratch folder.
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Whether every chain has all its copies.
+    pub fn is_whole(&self) -> bool {
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        runtime.block_on(async {
+            let mut manager = self.local.context().unwrap().manager().await.unwrap();
+            ChainHealth::of(&routing(&mut manager).await.unwrap()).is_whole()
+        })
+    }
+
+    /// What `ff status` says, for programs.
+    #[track_caller]
+    pub fn status(&self) -> serde_json::Value {
+        serde_json::from_str(&self.ff(&["--json", "status"]).ok()).expect("JSON")
     }
 
     /// Mounts the file system; returns where.
@@ -126,6 +168,13 @@ impl Drop for Cluster {
         self.mounts.clear();
         let _ = self.local.stop(Duration::from_secs(5), |_| ());
     }
+}
+
+fn rewrite<T: serde::de::DeserializeOwned + serde::Serialize>(path: &Path, change: impl FnOnce(&mut T)) {
+    let mut value: T = firefly_types::config::load(path).expect("a configuration");
+    change(&mut value);
+    let text = toml::to_string_pretty(&value).expect("it can be written");
+    std::fs::write(path, text).expect("writing it");
 }
 
 /// What a command did.

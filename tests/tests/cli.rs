@@ -129,3 +129,50 @@ fn up_again_brings_back_what_was_ended_and_down_ends_all() {
     }
     assert!(cluster.ff(&["down"]).ok().contains("nothing was running"));
 }
+
+/// libibverbs is looked up at run time, so that one binary starts on machines with and without it.
+#[test]
+fn no_binary_is_linked_against_the_rdma_libraries() {
+    let library = ff().with_file_name("libffreduce.so");
+    assert!(library.exists(), "{} is not built: run `cargo build --workspace`", library.display());
+    for file in [ff(), library] {
+        let mut command = Command::new("readelf");
+        command.arg("--dynamic").arg("--wide").arg(&file);
+        let table = ran(command).ok();
+        let needed: Vec<&str> = table.lines().filter(|line| line.contains("(NEEDED)")).collect();
+        // The control: what is linked shows.
+        assert!(needed.iter().any(|line| line.contains("libc.so.6")), "{table}");
+        for line in needed {
+            assert!(!line.contains("ibverbs") && !line.contains("rdmacm"), "{}: {line}", file.display());
+        }
+    }
+}
+
+#[test]
+fn status_says_which_transport_is_used_and_why_not_rdma() {
+    let cluster = Cluster::start();
+    let status = |transport: &str, devices: Option<&str>| {
+        let mut command = bare(&["--json", "status", "--state"]);
+        command.arg(cluster.local.state()).env("FIREFLY_TRANSPORT", transport);
+        devices.map(|devices| command.env("FIREFLY_RDMA_DEVICES", devices));
+        ran(command)
+    };
+    let told: serde_json::Value = serde_json::from_str(&status("tcp", None).ok()).unwrap();
+    let network = &told["network"];
+    assert_eq!(network["here"]["why_not"], "TCP was asked for", "{network:#}");
+    let servers = network["servers"].as_array().unwrap();
+    assert_eq!(servers.len(), 4, "{network:#}");
+    for server in servers {
+        assert_eq!(server["from_here"]["connections"][0]["transport"], "tcp", "{server:#}");
+        assert_eq!(server["there"]["fabric"]["transport"], "auto", "{server:#}");
+    }
+    // Options that mean nothing are refused, not passed over.
+    status("udp", None).fails(1, "auto, tcp or rdma");
+    let files = |transport: &str| {
+        let mut command = bare(&["fs", "ls", "/", "--state"]);
+        command.arg(cluster.local.state()).env("FIREFLY_TRANSPORT", transport);
+        ran(command)
+    };
+    files("udp").fails(1, "auto, tcp or rdma");
+    files("tcp").ok();
+}

@@ -1,9 +1,9 @@
 //! Faults on real processes: servers are ended with SIGKILL under a load that checks itself. The
 //! model is kept apart from the system: a map from file to the content that was acknowledged.
 
-use firefly_cli::cmd::status::ChainHealth;
-use firefly_cli::connect::routing;
+use firefly_cli::local::Shape;
 use firefly_tests::{Cluster, eventually};
+use firefly_types::ByteSize;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
@@ -92,14 +92,6 @@ impl Load {
     }
 }
 
-fn chains_whole(cluster: &Cluster) -> bool {
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(async {
-        let mut manager = cluster.local.context().unwrap().manager().await.unwrap();
-        ChainHealth::of(&routing(&mut manager).await.unwrap()).is_whole()
-    })
-}
-
 #[test]
 fn nothing_acknowledged_is_lost_when_storage_servers_are_killed_one_after_the_other() {
     let mut cluster = Cluster::start();
@@ -117,7 +109,7 @@ fn nothing_acknowledged_is_lost_when_storage_servers_are_killed_one_after_the_ot
         for _ in 0..10 {
             load.step();
         }
-        eventually("every chain is whole again", || chains_whole(&cluster));
+        eventually("every chain is whole again", || cluster.is_whole());
     }
     load.check_all(&load.dir);
     // A second mount has nothing in its caches.
@@ -202,17 +194,13 @@ fn a_killed_rank_brings_the_job_back_with_the_reason_shown() {
 
 #[test]
 fn a_full_cluster_refuses_writes_keeps_what_it_has_and_recovers() {
-    let cluster = Cluster::start();
-    // Small targets: known only once the layout is there.
-    cluster.local.stop(std::time::Duration::from_secs(10), |_| ()).unwrap();
+    let mut cluster = Cluster::laid_out(&Shape { port_base: 0, ..Shape::default() });
     for node in 3..=5 {
-        let path = cluster.local.state().join(format!("conf/storage-{node}.toml"));
-        let mut text = std::fs::read_to_string(&path).unwrap();
-        text.push_str("capacity = \"8MiB\"\n");
-        std::fs::write(path, text).unwrap();
+        cluster.configure(&format!("storage-{node}"), |config| {
+            config.storage.as_mut().unwrap().capacity = Some(ByteSize(8 << 20));
+        });
     }
-    cluster.ff(&["up"]).ok();
-    let mut cluster = cluster;
+    cluster.up();
     let mount = cluster.mount();
     std::fs::write(mount.join("kept"), "acknowledged").unwrap();
     let mut big = File::create(mount.join("big")).unwrap();

@@ -128,6 +128,7 @@ pub async fn run(command: FsCommand, global: &Global) -> Result<()> {
 
 async fn connect(global: &Global, purpose: &str) -> Result<(Context, Arc<Fs3>)> {
     let context = global.open()?;
+    context.open_network()?;
     let identity = context.identity(&format!("ff fs {purpose}"))?;
     let fs = Fs3::connect(ClientOptions::new(context.cluster.manager.clone(), identity)).await?;
     Ok((context, fs))

@@ -1,5 +1,6 @@
-//! `ff status`: what runs, and whether the data is whole.
+//! `ff status`: what runs, whether the data is whole, and by what the servers are reached.
 
+use crate::cmd::network;
 use crate::context::Global;
 use crate::local::LocalCluster;
 use anyhow::Result;
@@ -8,7 +9,11 @@ use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use firefly_proto::mgmtd::{PublicState, RoutingTable};
 use firefly_proto::scheduler::ListNodesRequest;
 
-/// Show what runs and whether the data is whole
+/// Show what runs, whether the data is whole, and by what the servers are reached
+///
+/// For each storage and meta server: the transport that this machine reaches it by (RDMA or TCP, and
+/// why not RDMA), and what its own connections use. Fails if a role does not run, if data has no
+/// copy left that serves, or if a server that runs does not answer.
 #[derive(clap::Args, Clone, Debug)]
 pub struct StatusArgs {}
 
@@ -72,6 +77,10 @@ pub async fn run(_: &StatusArgs, global: &Global) -> Result<()> {
         Err(error) => Err(error),
     };
     let health = routing.as_ref().ok().map(ChainHealth::of);
+    let network = match &routing {
+        Ok(routing) => Some(network::look(&context, &routing.nodes).await),
+        Err(_) => None,
+    };
 
     if global.json {
         let value = serde_json::json!({
@@ -83,7 +92,7 @@ pub async fn run(_: &StatusArgs, global: &Global) -> Result<()> {
                 "address": record.as_ref().map(|r| r.address.clone()),
             })).collect::<Vec<_>>(),
             "chains": health,
-            "transport": "tcp",
+            "network": network.as_ref().and_then(|n| n.as_ref().ok()),
             "agents": nodes.as_ref().ok().map(|nodes| nodes.iter().map(|n| serde_json::json!({
                 "node_id": n.node_id, "host": n.host, "state": n.state,
             })).collect::<Vec<_>>()),
@@ -100,11 +109,16 @@ pub async fn run(_: &StatusArgs, global: &Global) -> Result<()> {
         println!("{shown}");
         match (&health, &routing) {
             (Some(h), Ok(routing)) => println!(
-                "chains: {} whole, {} degraded, {} down (replication {})   transport: tcp (no RDMA in this build; see docs/status.md)",
+                "chains: {} whole, {} degraded, {} down (replication {})",
                 h.whole, h.degraded, h.down, routing.replication
             ),
             (_, Err(error)) => println!("chains: unknown: {error:#}"),
             _ => {}
+        }
+        match &network {
+            Some(Ok(network)) => network.print(),
+            Some(Err(error)) => println!("network: {error:#}"),
+            None => {}
         }
         match &nodes {
             Ok(nodes) => {
@@ -119,6 +133,16 @@ pub async fn run(_: &StatusArgs, global: &Global) -> Result<()> {
         anyhow::bail!(
             "the cluster is not whole: `ff up` starts what does not run; logs are in {}",
             cluster.logs().display()
+        );
+    }
+    if let Some(network) = network.transpose()?
+        && let [first, others @ ..] = network.unreachable().as_slice()
+    {
+        anyhow::bail!(
+            "{} does not answer here{}: {}",
+            first.name,
+            if others.is_empty() { String::new() } else { format!(", nor do {} others", others.len()) },
+            first.error.as_deref().unwrap_or_default()
         );
     }
     Ok(())

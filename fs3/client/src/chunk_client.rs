@@ -33,7 +33,7 @@ impl ChunkClient {
         let manager = Manager::new(&options.manager, &options.identity.secret)?;
         let routing = RoutingCache::start(manager.clone(), stats.clone(), stop.clone()).await?;
         let session = Session::open(manager, &options.description, options.attempt, stop).await?;
-        let net = firefly_net::Client::new(options.identity.clone());
+        let net = firefly_net::Client::of(options.identity.clone(), firefly_net::Traffic::Storage);
         let io = ChunkIo::new(&options, net, routing, session.clone(), stats.clone());
         Ok(Self { io, session, stats, _stop: guard })
     }

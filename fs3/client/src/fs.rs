@@ -144,7 +144,7 @@ impl Fs3 {
                 ),
             ));
         }
-        let net = firefly_net::Client::new(options.identity.clone());
+        let net = firefly_net::Client::of(options.identity.clone(), firefly_net::Traffic::Storage);
         let io = ChunkIo::new(&options, net.clone(), routing.clone(), session.clone(), stats.clone());
         let meta = MetaIo::new(&options, net, routing, session.clone(), stats.clone());
         let every = options.publish_every;

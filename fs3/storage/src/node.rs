@@ -6,7 +6,7 @@
 use crate::StorageConfig;
 use crate::engine::{Engine, EngineOptions, FileDisk, Header};
 use crate::host::{Host, Surroundings};
-use firefly_net::{BufPool, Client};
+use firefly_net::{BufPool, Client, Traffic};
 use firefly_proto::mgmtd as pb;
 use firefly_types::{ChainId, ChainVersion, ErrorKind, Nanos, TargetId, WireError, lock};
 use fs3_core::chain::PublicState;
@@ -62,7 +62,7 @@ impl Surroundings for Node {
 
 impl Node {
     pub(crate) fn new(config: StorageConfig, incarnation: u64) -> Arc<Self> {
-        let client = Client::new(config.identity.clone());
+        let client = Client::of(config.identity.clone(), Traffic::Storage);
         Arc::new(Self {
             config,
             incarnation,

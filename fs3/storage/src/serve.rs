@@ -3,7 +3,7 @@
 use crate::manager;
 use crate::node::Node;
 use crate::service::StorageService;
-use firefly_net::{Identity, Server, ServerOptions};
+use firefly_net::{Identity, Server, ServerOptions, Traffic};
 use firefly_types::{ErrorKind, NodeId};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -97,7 +97,8 @@ pub async fn serve(config: StorageConfig, stop: CancellationToken) -> Result<Run
     let manager = manager::connect(&config).map_err(|_| ServeError::Manager(config.manager.clone()))?;
     let node = Node::new(config.clone(), incarnation);
     let service = Arc::new(StorageService { node: Arc::clone(&node) });
-    let options = ServerOptions { pool: node.pool().clone(), ..ServerOptions::default() };
+    let options =
+        ServerOptions { pool: node.pool().clone(), traffic: Traffic::Storage, ..ServerOptions::default() };
     let server = Server::bind_with(config.listen, config.identity.clone(), service, options)
         .map_err(|source| ServeError::Listen { addr: config.listen, source })?;
     let addr = server.local_addr();

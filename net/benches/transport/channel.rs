@@ -1,18 +1,24 @@
 //! Channels next to the bare socket: an echo of 64 bytes and a one-way stream.
 
 use crate::{MIB, PINGS, VOLUME, gigabytes, micros};
-use firefly_net::{Channel, ChannelListener, Completion, HEADER_BYTES, connect_channel};
+use firefly_net::{
+    Channel, ChannelListener, ChannelOptions, Completion, Fabric, HEADER_BYTES, connect_channel,
+};
 use firefly_types::ClusterSecret;
 use std::time::{Duration, Instant};
 
 /// Waits as a progress thread would and moves what can move.
 fn drive(channel: &mut dyn Channel, done: &mut Vec<Completion>) {
-    let (fd, writable) = channel.poll_fd();
-    let events = libc::POLLIN | if writable { libc::POLLOUT } else { 0 };
-    let mut one = libc::pollfd { fd, events, revents: 0 };
-    // SAFETY: one valid entry.
-    unsafe { libc::poll(&mut one, 1, 1000) };
-    channel.progress(done).unwrap();
+    if channel.progress(done).unwrap() {
+        return;
+    }
+    let mut fds = Vec::new();
+    channel.poll_fds(&mut fds);
+    let events = |writable| libc::POLLIN | if writable { libc::POLLOUT } else { 0 };
+    let mut fds: Vec<_> =
+        fds.into_iter().map(|(fd, w)| libc::pollfd { fd, events: events(w), revents: 0 }).collect();
+    // SAFETY: a live array of its length.
+    unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, 1000) };
 }
 
 fn send(channel: &mut dyn Channel, memory: &[u8]) {
@@ -50,13 +56,15 @@ pub(crate) struct Pair {
 }
 
 impl Pair {
-    pub(crate) fn new() -> Pair {
+    pub(crate) fn new(sockets: usize) -> Pair {
+        let options = ChannelOptions { fabric: Fabric::tcp(), sockets };
+        let accepting = options.clone();
         let secret = ClusterSecret::from_bytes([1; 32]);
         let listener = ChannelListener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let (addr, theirs) = (listener.local_addr(), secret.clone());
         let soon = || Instant::now() + Duration::from_secs(10);
         let far = std::thread::spawn(move || {
-            let (mut c, _) = listener.accept(&theirs, soon()).unwrap();
+            let (mut c, _) = listener.accept(&theirs, soon(), &accepting).unwrap();
             let (mut small, big) = ([0; 64], vec![1; MIB]);
             loop {
                 receive(&mut *c, &mut small);
@@ -67,7 +75,7 @@ impl Pair {
                 }
             }
         });
-        let near = connect_channel(addr, &secret, [0; 32], soon()).unwrap();
+        let near = connect_channel(addr, &secret, [0; 32], soon(), &options).unwrap();
         Pair { near, far: Some(far), memory: vec![0; MIB] }
     }
 

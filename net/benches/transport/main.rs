@@ -57,7 +57,7 @@ fn print_all(unit: &str, measures: &mut [Measure]) {
 }
 
 fn latency() {
-    let (mut bare, mut pair) = (bare::Pair::new(), channel::Pair::new());
+    let (mut bare, mut pair) = (bare::Pair::new(), channel::Pair::new(1));
     let rpc = rpc::Pair::new(2, 1);
     print_all(
         "us",
@@ -72,12 +72,15 @@ fn latency() {
 }
 
 fn stream() {
-    let (mut bare, mut pair) = (bare::Pair::new(), channel::Pair::new());
+    let mut bare = bare::Pair::new();
+    let [mut one, mut two, mut four] = [1, 2, 4].map(channel::Pair::new);
     print_all(
         "GB/s",
         &mut [
             ("1 MiB one way, blocking sockets", Box::new(|| bare.stream())),
-            ("1 MiB one way, channel", Box::new(|| pair.stream())),
+            ("1 MiB one way, channel over 1 socket", Box::new(|| one.stream())),
+            ("1 MiB one way, channel over 2 sockets", Box::new(|| two.stream())),
+            ("1 MiB one way, channel over 4 sockets", Box::new(|| four.stream())),
         ],
     );
     for streams in [1, 2, 4] {

@@ -1,253 +1,249 @@
-//! How channels are made: dial or accept, prove the secret, hand over the socket.
+//! Dialling a channel: connect, prove the secret, agree on the carrier.
 
+use super::negotiate::{Frame, Wishes};
+use super::rdma::{Endpoint, Half, VerbsChannel};
+use super::striped::StripedChannel;
+use super::talk::{self, Rails, Talk, class, configure, poll};
 use super::tcp::TcpChannel;
-use super::{Channel, ChannelError};
+use super::{Channel, ChannelError, ChannelOptions};
 use crate::error::HandshakeError;
-use crate::handshake::{self, Agreed, Initiator, Purpose, Responder, Terms};
-use firefly_types::{ClusterId, ClusterSecret};
-use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
-use std::sync::{Mutex, PoisonError};
+use crate::fabric::Transport;
+use crate::handshake::{self, Initiator};
+use firefly_types::ClusterSecret;
+use std::io;
+use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-/// Time for a stranger or a member to prove itself. Loaded machines start thousands of ranks at
-/// once, so more than RPC's.
-const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
-/// Handshakes at one time; beyond it new connections wait in the kernel.
-const MAX_HANDSHAKES: usize = 256;
+/// A probe that takes longer over a path that is fit for collectives has been lost. Three
+/// retransmissions by the device (a quarter of a second each) fit in.
+const PROBE: Duration = Duration::from_secs(2);
 
-/// Channels belong to a job, which its secret names; they have no cluster id of their own.
-const NO_CLUSTER: ClusterId = ClusterId(0);
-
-fn terms(secret: &ClusterSecret) -> Terms {
-    Terms::new(NO_CLUSTER, secret, Purpose::Channel)
-}
-
-/// Milliseconds for `poll` until `deadline`, rounded up so that it does not spin at the end.
-fn poll_time(deadline: Instant) -> libc::c_int {
-    let left = deadline.saturating_duration_since(Instant::now());
-    left.as_micros().div_ceil(1000).min(60_000) as libc::c_int
-}
-
-fn poll(fds: &mut [libc::pollfd], deadline: Instant) -> io::Result<()> {
-    // SAFETY: `fds` is a valid array of that many entries.
-    let n = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, poll_time(deadline)) };
-    if n < 0 {
-        let e = io::Error::last_os_error();
-        if e.kind() != io::ErrorKind::Interrupted {
-            return Err(e);
-        }
-    }
-    Ok(())
-}
-
-fn pollfd(fd: &impl AsRawFd, events: libc::c_short) -> libc::pollfd {
-    libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 }
-}
-
-/// One side of a handshake on a non-blocking socket.
-enum Machine {
-    Initiator(Initiator),
-    Responder(Responder),
-}
-
-struct Shaking {
-    stream: TcpStream,
-    machine: Machine,
-    peer: SocketAddr,
-    until: Instant,
-    output: Vec<u8>,
-    input: Vec<u8>,
-    done: Option<Result<Agreed, HandshakeError>>,
-}
-
-impl Shaking {
-    fn wants(&self) -> usize {
-        match &self.machine {
-            Machine::Initiator(m) => m.wants(),
-            Machine::Responder(m) => m.wants(),
-        }
-    }
-
-    fn events(&self) -> libc::c_short {
-        if self.output.is_empty() { libc::POLLIN } else { libc::POLLOUT }
-    }
-
-    /// Goes as far as it can without waiting. `Some` when it is over.
-    fn advance(&mut self) -> Option<Result<Agreed, HandshakeError>> {
-        let ended = |e: io::Error| Some(Err(HandshakeError::Ended(e.to_string())));
-        loop {
-            while !self.output.is_empty() {
-                match self.stream.write(&self.output) {
-                    Ok(n) => drop(self.output.drain(..n)),
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.overdue(),
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    // A refusal that cannot be delivered is still this refusal.
-                    Err(e) => {
-                        return match self.done.take() {
-                            Some(Err(refused)) => Some(Err(refused)),
-                            _ => ended(e),
-                        };
-                    }
-                }
-            }
-            if let Some(done) = self.done.take() {
-                return Some(done);
-            }
-            let wants = self.wants();
-            // Never reads past the handshake: what follows is the channel's.
-            let mut chunk = vec![0; wants - self.input.len()];
-            match self.stream.read(&mut chunk) {
-                Ok(0) => return Some(Err(HandshakeError::Ended("the other side closed".into()))),
-                Ok(n) => self.input.extend_from_slice(&chunk[..n]),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.overdue(),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return ended(e),
-            }
-            if self.input.len() == wants {
-                let message = std::mem::take(&mut self.input);
-                let advance = match &mut self.machine {
-                    Machine::Initiator(m) => m.feed(&message),
-                    Machine::Responder(m) => m.feed(&message),
-                };
-                self.output = advance.send;
-                self.done = advance.done;
-            }
-        }
-    }
-
-    fn overdue(&self) -> Option<Result<Agreed, HandshakeError>> {
-        (Instant::now() >= self.until).then_some(Err(HandshakeError::TimedOut))
+/// A channel over TCP from what the negotiation ended with.
+pub(super) fn tcp_channel(mut streams: Vec<TcpStream>, why_not_rdma: String) -> Box<dyn Channel> {
+    let why = Some(why_not_rdma);
+    match streams.len() {
+        1 => Box::new(TcpChannel::new(streams.remove(0), why)),
+        _ => Box::new(StripedChannel::new(streams, why)),
     }
 }
 
-fn configure(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    stream.set_nonblocking(true)
+/// One dialling.
+struct Dial<'a> {
+    addr: SocketAddr,
+    secret: &'a ClusterSecret,
+    deadline: Instant,
+    options: &'a ChannelOptions,
 }
 
-/// Accepts channels. Several may be in the making at one time: one slow stranger holds up nobody.
-pub struct ChannelListener {
-    listener: TcpListener,
-    /// Kept between calls of `accept`: two ranks may arrive during one.
-    shaking: Mutex<Vec<Shaking>>,
-}
-
-impl ChannelListener {
-    /// Listens on `addr`; port 0 takes a free one.
-    pub fn bind(addr: SocketAddr) -> io::Result<ChannelListener> {
-        let listener = TcpListener::bind(addr)?;
-        listener.set_nonblocking(true)?;
-        Ok(ChannelListener { listener, shaking: Mutex::default() })
-    }
-
-    /// The address to dial.
-    pub fn local_addr(&self) -> SocketAddr {
-        self.listener.local_addr().expect("a bound socket has an address")
-    }
-
-    /// Waits until `deadline` for a peer that proves to hold `secret`; gives its channel and its
-    /// hello. Strangers are refused and logged, and the wait goes on.
-    ///
-    /// One accept runs at a time; another waits for it.
-    pub fn accept(
-        &self,
-        secret: &ClusterSecret,
-        deadline: Instant,
-    ) -> Result<(Box<dyn Channel>, [u8; 32]), ChannelError> {
-        let failed = |e: io::Error| ChannelError::Listener(e.to_string());
-        let mut shaking = self.shaking.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            let mut at = 0;
-            while at < shaking.len() {
-                match shaking[at].advance() {
-                    None => at += 1,
-                    Some(Ok(agreed)) => {
-                        let done = shaking.swap_remove(at);
-                        return Ok((Box::new(TcpChannel::new(done.stream)), agreed.hello));
-                    }
-                    Some(Err(reason)) => {
-                        let refused = shaking.swap_remove(at);
-                        tracing::warn!(peer = %refused.peer, %reason, "refused a channel");
-                    }
-                }
-            }
-            if Instant::now() >= deadline {
-                return Err(ChannelError::Deadline("a channel from a peer with the right secret".into()));
-            }
-            while shaking.len() < MAX_HANDSHAKES {
-                match self.listener.accept() {
-                    Ok((stream, peer)) => {
-                        if let Err(e) = configure(&stream) {
-                            tracing::warn!(%peer, error = %e, "cannot set up a channel's socket");
-                            continue;
-                        }
-                        let machine = Machine::Responder(Responder::new(terms(secret), handshake::nonce()));
-                        let until = Instant::now() + HANDSHAKE_TIME;
-                        let (output, input) = (Vec::new(), Vec::new());
-                        shaking.push(Shaking { stream, machine, peer, until, output, input, done: None });
-                    }
-                    Err(e) => match e.kind() {
-                        io::ErrorKind::WouldBlock => break,
-                        // The peer was gone before it was accepted.
-                        io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
-                        _ => return Err(failed(e)),
-                    },
-                }
-            }
-            let mut until = deadline;
-            let mut fds = Vec::with_capacity(1 + shaking.len());
-            if shaking.len() < MAX_HANDSHAKES {
-                fds.push(pollfd(&self.listener, libc::POLLIN));
-            }
-            for one in shaking.iter() {
-                fds.push(pollfd(&one.stream, one.events()));
-                until = until.min(one.until);
-            }
-            poll(&mut fds, until).map_err(failed)?;
-        }
-    }
-}
-
-/// Dials `addr`, proves `secret` both ways and sends `hello` (such as this process's rank).
+/// Dials `addr`, proves `secret` both ways, sends `hello` (such as this process's rank) and agrees
+/// on the carrier: RDMA if both sides allow it, have devices, and a message made it both ways over
+/// them; else TCP over as many connections as both sides want. [`Channel::why_not_rdma`] says why
+/// it is TCP.
 ///
 /// # Errors
 /// `Unreachable` at once when nothing listens there: publish addresses after binding. `Refused`
-/// when the other side does not hold the secret, `Deadline` when it does not answer.
+/// when the other side does not hold the secret, `Deadline` when it does not answer, `NoRdma` when
+/// one side demands RDMA and it cannot be had.
 pub fn connect_channel(
     addr: SocketAddr,
     secret: &ClusterSecret,
     hello: [u8; 32],
     deadline: Instant,
+    options: &ChannelOptions,
 ) -> Result<Box<dyn Channel>, ChannelError> {
-    let unreachable =
-        |e: io::Error| ChannelError::Unreachable { peer: addr.to_string(), reason: e.to_string() };
-    let overdue = || ChannelError::Deadline(format!("a channel to {addr}"));
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return Err(overdue());
+    if let Some(error) = options.fabric.invalid() {
+        return Err(ChannelError::Options(error.clone()));
     }
-    let stream = match TcpStream::connect_timeout(&addr, left) {
-        Ok(stream) => stream,
-        Err(e) if e.kind() == io::ErrorKind::TimedOut => return Err(overdue()),
-        Err(e) => return Err(unreachable(e)),
-    };
-    configure(&stream).map_err(unreachable)?;
-    let (machine, output) = Initiator::start(terms(secret), "", hello, handshake::nonce());
-    let machine = Machine::Initiator(machine);
-    let mut shaking =
-        Shaking { stream, machine, peer: addr, until: deadline, output, input: Vec::new(), done: None };
-    loop {
-        match shaking.advance() {
-            Some(Ok(_)) => return Ok(Box::new(TcpChannel::new(shaking.stream))),
-            Some(Err(HandshakeError::TimedOut)) => return Err(overdue()),
-            Some(Err(HandshakeError::Ended(reason))) => {
-                return Err(ChannelError::Unreachable { peer: addr.to_string(), reason });
-            }
-            Some(Err(reason)) => return Err(ChannelError::Refused(reason)),
-            None => {}
+    let dial = Dial { addr, secret, deadline, options };
+    let talk = dial.authenticate(hello)?;
+    let local = talk.stream.local_addr().map_err(|e| dial.unreachable(e.to_string()))?.ip();
+    let (wishes, rails) = talk::wishes(options, local);
+    dial.negotiate(talk, wishes, &rails)
+}
+
+impl Dial<'_> {
+    fn unreachable(&self, reason: String) -> ChannelError {
+        ChannelError::Unreachable { peer: self.addr.to_string(), reason }
+    }
+
+    fn overdue(&self) -> ChannelError {
+        ChannelError::Deadline(format!("a channel to {}", self.addr))
+    }
+
+    /// Waits until the talk can go on.
+    fn wait(&self, talk: &Talk) -> Result<(), ChannelError> {
+        if Instant::now() >= self.deadline {
+            return Err(self.overdue());
         }
-        poll(&mut [pollfd(&shaking.stream, shaking.events())], deadline).map_err(unreachable)?;
+        poll(&mut [talk.pollfd()], self.deadline).map_err(|e| self.unreachable(e.to_string()))
+    }
+
+    /// A connection on which both sides have proven themselves.
+    fn authenticate(&self, hello: [u8; 32]) -> Result<Talk, ChannelError> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(self.overdue());
+        }
+        let unreachable = |e: io::Error| self.unreachable(e.to_string());
+        let stream = match TcpStream::connect_timeout(&self.addr, left) {
+            Ok(stream) => stream,
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => return Err(self.overdue()),
+            Err(e) => return Err(unreachable(e)),
+        };
+        configure(&stream, class(self.options)).map_err(unreachable)?;
+        let (mut machine, first) = Initiator::start(talk::terms(self.secret), "", hello, handshake::nonce());
+        let mut talk = Talk::new(stream);
+        talk.say(&first);
+        let failed = |reason| match reason {
+            HandshakeError::Ended(reason) => self.unreachable(reason),
+            reason => ChannelError::Refused(reason),
+        };
+        loop {
+            let heard = match talk.flush().map_err(failed)? {
+                true => talk.hear(machine.wants()).map_err(failed)?,
+                false => None,
+            };
+            let Some(message) = heard else {
+                self.wait(&talk)?;
+                continue;
+            };
+            let advance = machine.feed(&message);
+            talk.say(&advance.send);
+            match advance.done {
+                Some(Ok(_)) => return Ok(talk),
+                Some(Err(reason)) => return Err(failed(reason)),
+                None => {}
+            }
+        }
+    }
+
+    /// The peer's next frame.
+    fn answer(&self, talk: &mut Talk) -> Result<Frame, ChannelError> {
+        let closed = |e: HandshakeError| self.unreachable(e.to_string());
+        loop {
+            let heard = match talk.flush().map_err(closed)? {
+                true => talk.hear_frame()?,
+                false => None,
+            };
+            match heard {
+                Some(frame) => return Ok(frame),
+                None => self.wait(talk)?,
+            }
+        }
+    }
+
+    fn unexpected(&self, frame: &Frame) -> ChannelError {
+        ChannelError::Protocol(format!("{frame:?} is no answer at this place of the negotiation"))
+    }
+
+    fn negotiate(
+        &self,
+        mut talk: Talk,
+        wishes: Wishes,
+        rails: &Rails,
+    ) -> Result<Box<dyn Channel>, ChannelError> {
+        let id: [u8; 16] = rand::random();
+        let policy = wishes.policy;
+        talk.say(&Frame::Offer { id, wishes }.encode());
+        let (sockets, why) = match self.answer(&mut talk)? {
+            Frame::Tcp { sockets, why } => (sockets, why),
+            Frame::Refuse { why } => return Err(self.no_rdma(why)),
+            Frame::Rdma { sockets, rail, endpoint } => {
+                let Some(rail) = rails.get(rail) else {
+                    return Err(ChannelError::Protocol(format!(
+                        "the peer chose rail {rail}, which was not offered"
+                    )));
+                };
+                match self.try_rdma(&mut talk, rail, endpoint)? {
+                    Ok(mut channel) => {
+                        channel.attach(talk.stream);
+                        return Ok(Box::new(channel));
+                    }
+                    Err(why) => (sockets, why),
+                }
+            }
+            other => return Err(self.unexpected(&other)),
+        };
+        if policy == Transport::Rdma {
+            return Err(self.no_rdma(why));
+        }
+        let mut streams = vec![talk.stream];
+        for index in 1..sockets {
+            let mut talk = self.authenticate([0; 32])?;
+            talk.say(&Frame::Lane { id, index }.encode());
+            match self.answer(&mut talk)? {
+                Frame::Ready => streams.push(talk.stream),
+                other => return Err(self.unexpected(&other)),
+            }
+        }
+        Ok(tcp_channel(streams, why))
+    }
+
+    fn no_rdma(&self, why: String) -> ChannelError {
+        ChannelError::NoRdma { peer: self.addr.to_string(), why }
+    }
+
+    /// Makes this side's half, connects and probes. The inner error is why it is TCP then; both
+    /// sides know it.
+    fn try_rdma(
+        &self,
+        talk: &mut Talk,
+        (rail, port): &(std::sync::Arc<crate::verbs::Rail>, crate::verbs::Port),
+        peer: Endpoint,
+    ) -> Result<Result<VerbsChannel, String>, ChannelError> {
+        let made = Half::new(&rail.device, port, class(self.options)).and_then(|half| {
+            let mine = half.endpoint();
+            half.connect(peer).map(|channel| (channel, mine))
+        });
+        let (mut channel, mine) = match made {
+            Ok(made) => made,
+            Err(e) => return self.give_up(talk, e.to_string()),
+        };
+        talk.say(&Frame::Endpoint(mine).encode());
+        match self.answer(talk)? {
+            Frame::Ready => {}
+            Frame::Failed { why } => return Ok(Err(why)),
+            Frame::Refuse { why } => return Err(self.no_rdma(why)),
+            other => return Err(self.unexpected(&other)),
+        }
+        match self.probe(&mut channel) {
+            Ok(()) => {
+                talk.say(&Frame::Done.encode());
+                while !talk.flush().map_err(|e| self.unreachable(e.to_string()))? {
+                    self.wait(talk)?;
+                }
+                Ok(Ok(channel))
+            }
+            Err(e) => {
+                channel.give_up();
+                drop(channel);
+                self.give_up(talk, format!("{}: {e}", rail.name()))
+            }
+        }
+    }
+
+    fn give_up(&self, talk: &mut Talk, why: String) -> Result<Result<VerbsChannel, String>, ChannelError> {
+        talk.say(&Frame::Failed { why: why.clone() }.encode());
+        while !talk.flush().map_err(|e| self.unreachable(e.to_string()))? {
+            self.wait(talk)?;
+        }
+        Ok(Err(why))
+    }
+
+    /// A message each way over the queue pairs.
+    fn probe(&self, channel: &mut VerbsChannel) -> Result<(), ChannelError> {
+        let until = self.deadline.min(Instant::now() + PROBE);
+        channel.probe()?;
+        while !channel.heard() {
+            if Instant::now() >= until {
+                return Err(ChannelError::Deadline("a message each way over the queue pairs".into()));
+            }
+            let mut fds = Vec::new();
+            channel.poll_fds(&mut fds);
+            let mut fds: Vec<_> = fds.into_iter().map(|(fd, _)| talk::pollfd(fd, libc::POLLIN)).collect();
+            poll(&mut fds, until).map_err(|e| self.unreachable(e.to_string()))?;
+            channel.progress(&mut Vec::new())?;
+        }
+        Ok(())
     }
 }

@@ -1,56 +1,18 @@
-//! The TCP channel: a non-blocking socket and what is posted on it.
-//!
-//! ```text
-//! 0  magic     4  "FFCH"
-//! 4  reserved  4  0
-//! 8  len       8  bytes of the payload
-//! 16 header   64  the caller's
-//! 80 payload
-//! ```
+//! The TCP channel: a non-blocking socket and what is posted on it. Messages follow each other, each
+//! with its header in front ([`super::wire`]).
 
-use super::{Channel, ChannelError, Completion, HEADER_BYTES, Incoming};
+use super::wire::{MAX_LEN, Place, WIRE_HEADER, WireHeader};
+use super::{Channel, ChannelCounters, ChannelError, Completion, HEADER_BYTES, Incoming};
 use std::collections::VecDeque;
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::{AsRawFd, RawFd};
 
-const MAGIC: [u8; 4] = *b"FFCH";
-const PREFIX: usize = 16;
-const WIRE_HEADER: usize = PREFIX + HEADER_BYTES;
-/// Larger than any tensor in one message; catches a stream out of step.
-const MAX_LEN: u64 = 1 << 40;
 /// Pieces handed to the kernel at once.
 const MAX_PIECES: usize = 32;
 /// Bytes moved by one `progress` in each direction before it returns, so that a fast peer does not
 /// keep the caller from its other channels.
 const BURST: usize = 4 << 20;
-
-fn encode(header: &[u8; HEADER_BYTES], len: usize) -> [u8; WIRE_HEADER] {
-    let mut wire = [0; WIRE_HEADER];
-    wire[..4].copy_from_slice(&MAGIC);
-    wire[8..16].copy_from_slice(&(len as u64).to_le_bytes());
-    wire[PREFIX..].copy_from_slice(header);
-    wire
-}
-
-fn decode(wire: &[u8; WIRE_HEADER]) -> Result<Incoming, ChannelError> {
-    let broken = |what: String| Err(ChannelError::Protocol(what));
-    if wire[..4] != MAGIC {
-        return broken(format!("a message starts with {:02x?}, not with its magic", &wire[..4]));
-    }
-    if wire[4..8] != [0; 4] {
-        return broken("reserved bytes of a message are not zero".into());
-    }
-    let mut len = [0; 8];
-    len.copy_from_slice(&wire[8..16]);
-    let len = u64::from_le_bytes(len);
-    if len > MAX_LEN {
-        return broken(format!("a message of {len} bytes (limit {MAX_LEN})"));
-    }
-    let mut header = [0; HEADER_BYTES];
-    header.copy_from_slice(&wire[PREFIX..]);
-    Ok(Incoming { header, len: len as usize })
-}
 
 /// A posted send. The pointer is the caller's promise (`post_send`).
 struct Send {
@@ -76,11 +38,13 @@ pub(super) struct TcpChannel {
     /// The wire header that is arriving.
     wire: [u8; WIRE_HEADER],
     wire_done: usize,
-    next: Option<Incoming>,
+    next: Option<WireHeader>,
     recv: Option<Recv>,
     failed: Option<ChannelError>,
-    bytes_sent: u64,
-    bytes_received: u64,
+    counters: ChannelCounters,
+    /// Where payloads may be.
+    places: &'static [Place],
+    why_not_rdma: Option<String>,
 }
 
 // SAFETY: the raw pointers are only passed to the kernel, under promises made for the time until
@@ -89,7 +53,7 @@ unsafe impl std::marker::Send for TcpChannel {}
 
 impl TcpChannel {
     /// Takes over a connected, authenticated, non-blocking stream.
-    pub(super) fn new(stream: TcpStream) -> TcpChannel {
+    pub(super) fn new(stream: TcpStream, why_not_rdma: Option<String>) -> TcpChannel {
         TcpChannel {
             stream,
             sends: VecDeque::new(),
@@ -99,9 +63,15 @@ impl TcpChannel {
             next: None,
             recv: None,
             failed: None,
-            bytes_sent: 0,
-            bytes_received: 0,
+            counters: ChannelCounters::default(),
+            places: &[Place::Follows],
+            why_not_rdma,
         }
+    }
+
+    /// The same, as the first of several sockets.
+    pub(super) fn first_of_several(stream: TcpStream, why_not_rdma: Option<String>) -> TcpChannel {
+        TcpChannel { places: &[Place::Follows, Place::Striped], ..TcpChannel::new(stream, why_not_rdma) }
     }
 
     fn check(&self) -> Result<(), ChannelError> {
@@ -110,6 +80,53 @@ impl TcpChannel {
 
     fn fail(&mut self, e: ChannelError) -> ChannelError {
         self.failed.get_or_insert(e).clone()
+    }
+
+    /// Queues `wire` and `len` bytes behind it: all of a payload, or its first part.
+    pub(super) fn post_wire(
+        &mut self,
+        token: u64,
+        wire: &WireHeader,
+        ptr: *const u8,
+        len: usize,
+    ) -> Result<(), ChannelError> {
+        self.check()?;
+        if wire.len as u64 > MAX_LEN {
+            return Err(ChannelError::Misuse("a message is longer than a channel takes"));
+        }
+        self.sends.push_back(Send { token, wire: wire.encode(), ptr, len });
+        Ok(())
+    }
+
+    /// As [`Channel::peek`], with where the payload is.
+    pub(super) fn peek_wire(&mut self) -> Result<Option<WireHeader>, ChannelError> {
+        if self.next.is_some() || self.recv.is_some() {
+            // While a payload is arriving its successor's header is not there yet; what has
+            // arrived stays readable after a failure.
+            return Ok(self.next);
+        }
+        self.check()?;
+        let mut none = Vec::new();
+        self.pump_in(&mut none)?;
+        debug_assert!(none.is_empty(), "nothing was posted");
+        Ok(self.next)
+    }
+
+    /// Says where the `len` bytes behind the peeked header land.
+    pub(super) fn post_landing(&mut self, token: u64, ptr: *mut u8, len: usize) {
+        debug_assert!(self.next.is_some() && self.recv.is_none());
+        self.next = None;
+        self.recv = Some(Recv { token, ptr, len, done: 0 });
+    }
+
+    /// Whether a message's header is here and its payload has no place.
+    pub(super) fn has_next(&self) -> bool {
+        self.next.is_some()
+    }
+
+    /// Whether a payload is on its way to its place.
+    pub(super) fn is_receiving(&self) -> bool {
+        self.recv.is_some()
     }
 
     /// Receives into `ptr..ptr + len` and then into the wire header, so that the next message's
@@ -130,7 +147,8 @@ impl TcpChannel {
             // `post_recv`) and to our own header; both outlive the call.
             let got = unsafe { libc::recvmsg(self.stream.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
             if got > 0 {
-                self.bytes_received += got as u64;
+                self.counters.bytes_received += got as u64;
+                self.counters.operations += 1;
                 return Ok(got as usize);
             }
             if got == 0 {
@@ -156,7 +174,8 @@ impl TcpChannel {
             if self.recv.is_none() {
                 if self.next.is_none() && self.wire_done == WIRE_HEADER {
                     self.wire_done = 0;
-                    self.next = Some(decode(&self.wire).map_err(|e| self.fail(e))?);
+                    let read = WireHeader::decode(&self.wire, self.places);
+                    self.next = Some(read.map_err(|e| self.fail(e))?);
                 }
                 // A payload that waits to be posted: nothing more is wanted.
                 if self.next.is_some() {
@@ -230,7 +249,8 @@ impl TcpChannel {
             let put = unsafe { libc::sendmsg(self.stream.as_raw_fd(), &message, flags) };
             if put >= 0 {
                 self.sent += put as usize;
-                self.bytes_sent += put as u64;
+                self.counters.bytes_sent += put as u64;
+                self.counters.operations += 1;
                 moved += put as usize;
                 continue;
             }
@@ -253,25 +273,12 @@ impl Channel for TcpChannel {
         ptr: *const u8,
         len: usize,
     ) -> Result<(), ChannelError> {
-        self.check()?;
-        if len as u64 > MAX_LEN {
-            return Err(ChannelError::Misuse("a message is longer than a channel takes"));
-        }
-        self.sends.push_back(Send { token, wire: encode(header, len), ptr, len });
-        Ok(())
+        self.post_wire(token, &WireHeader { place: Place::Follows, len, header: *header }, ptr, len)
     }
 
     fn peek(&mut self) -> Result<Option<Incoming>, ChannelError> {
-        if self.next.is_some() || self.recv.is_some() {
-            // While a payload is arriving its successor's header is not there yet; what has
-            // arrived stays readable after a failure.
-            return Ok(self.next);
-        }
-        self.check()?;
-        let mut none = Vec::new();
-        self.pump_in(&mut none)?;
-        debug_assert!(none.is_empty(), "nothing was posted");
-        Ok(self.next)
+        let next = self.peek_wire()?;
+        Ok(next.map(|WireHeader { header, len, .. }| Incoming { header, len }))
     }
 
     unsafe fn post_recv(&mut self, token: u64, ptr: *mut u8, len: usize) -> Result<(), ChannelError> {
@@ -282,67 +289,36 @@ impl Channel for TcpChannel {
         if next.len != len {
             return Err(ChannelError::Misuse("post_recv with another length than the peeked message's"));
         }
-        self.next = None;
-        self.recv = Some(Recv { token, ptr, len, done: 0 });
+        self.post_landing(token, ptr, len);
         Ok(())
     }
 
-    fn progress(&mut self, out: &mut Vec<Completion>) -> Result<(), ChannelError> {
+    fn progress(&mut self, out: &mut Vec<Completion>) -> Result<bool, ChannelError> {
         self.check()?;
-        let before = out.len();
+        let before = (out.len(), self.counters.operations);
         // What the peer sent before it died is delivered before the error that its death makes.
         let moved = self.pump_in(out).and_then(|()| self.pump_out(out));
         // A peer may close right after its last message: first the completions, then, by the next
         // call, the end. The descriptor stays readable until then.
-        if out.len() > before { Ok(()) } else { moved }
+        if out.len() == before.0 {
+            moved?;
+        }
+        Ok(before != (out.len(), self.counters.operations))
     }
 
-    fn poll_fd(&self) -> (RawFd, bool) {
-        (self.stream.as_raw_fd(), !self.sends.is_empty())
+    fn poll_fds(&self, out: &mut Vec<(RawFd, bool)>) {
+        out.push((self.stream.as_raw_fd(), !self.sends.is_empty()));
     }
 
-    fn bytes_sent(&self) -> u64 {
-        self.bytes_sent
-    }
-
-    fn bytes_received(&self) -> u64 {
-        self.bytes_received
+    fn counters(&self) -> ChannelCounters {
+        self.counters
     }
 
     fn transport(&self) -> &'static str {
         "tcp"
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    #[test]
-    fn golden_bytes() {
-        let wire = encode(&[0xAB; HEADER_BYTES], 0x0102_0304);
-        let hex: String = wire.iter().map(|b| format!("{b:02x}")).collect();
-        assert_eq!(hex, "4646434800000000".to_owned() + "0403020100000000" + &"ab".repeat(HEADER_BYTES));
-    }
-
-    proptest! {
-        /// Arbitrary bytes are refused or are the one encoding of what they are read as.
-        #[test]
-        fn arbitrary_headers_are_refused_or_canonical(
-            bytes in prop::collection::vec(any::<u8>(), WIRE_HEADER),
-            fix in any::<bool>(),
-        ) {
-            let mut wire = [0; WIRE_HEADER];
-            wire.copy_from_slice(&bytes);
-            if fix {
-                wire[..8].copy_from_slice(b"FFCH\0\0\0\0");
-                wire[13..16].fill(0);
-            }
-            if let Ok(incoming) = decode(&wire) {
-                prop_assert!(incoming.len as u64 <= MAX_LEN);
-                prop_assert_eq!(encode(&incoming.header, incoming.len), wire);
-            }
-        }
+    fn why_not_rdma(&self) -> Option<&str> {
+        self.why_not_rdma.as_deref()
     }
 }

@@ -20,6 +20,7 @@ fn message(
         head_len: head.len() as u32,
         payload_len: payload.as_ref().map_or(0, |p| p.len()) as u32,
         aux: 0,
+        ask: false,
     };
     Outgoing { header, head: Bytes::copy_from_slice(head), payload, window, permit: None }
 }

@@ -123,7 +123,15 @@ pub(crate) struct Outgoing {
     pub(crate) window: Option<Window>,
     /// Held until the message is on its way (on RDMA: has reached the peer's device); bounds what
     /// is queued.
-    pub(crate) permit: Option<OwnedSemaphorePermit>,
+    pub(crate) permit: Option<Permit>,
+}
+
+/// What an answer takes up until it was written.
+pub(crate) struct Permit {
+    /// One of the calls in flight.
+    pub(crate) _call: OwnedSemaphorePermit,
+    /// What its head counts for.
+    pub(crate) _room: HeadRoom,
 }
 
 impl Outgoing {

@@ -369,6 +369,7 @@ async fn strangers_and_malformed_negotiations_cost_no_queue_pair() {
         head_len: 0,
         payload_len: 0,
         aux: 0,
+        ask: false,
     };
     stream.write_all(&plain.encode()).await.unwrap();
     let mut answer = [0; crate::rpc::frame::HEADER_BYTES];

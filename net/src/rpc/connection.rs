@@ -2,12 +2,14 @@
 //! flight, whatever becomes of their callers.
 
 use super::frame::{FrameKind, Header};
+use super::incast::{Incast, Place, Tokens};
 use super::info::About;
 use super::outbox::{Outbox, Say};
-use super::{Call, Response};
+use super::{Call, Response, SMALL};
 use crate::buf::{Buf, BufMut};
 use crate::error::{CallError, LinkError};
 use crate::link::{Counters, Incoming, LinkRx, LinkTx, Outgoing, Register};
+use bytes::Bytes;
 use firefly_types::{ErrorKind, WireError};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -33,6 +35,7 @@ struct InFlight {
     _send: Option<Buf>,
     answer: oneshot::Sender<Result<Response, Ended>>,
     abandoned: Option<Instant>,
+    turn: Turn,
     _load: Load,
     _permit: OwnedSemaphorePermit,
 }
@@ -45,6 +48,16 @@ pub(super) enum Ended {
     Lost(String),
     /// The connection ended before: here is the call again.
     NotSent(Box<Call>),
+}
+
+/// Where the reply stands with [`Incast`].
+enum Turn {
+    /// It may come at any time; what is held bounds how much does.
+    Free(#[expect(dead_code, reason = "held, not read")] Option<Tokens>),
+    /// The server will ask.
+    Asked,
+    /// The server has asked.
+    InLine(#[expect(dead_code, reason = "held, not read")] Place),
 }
 
 /// Bytes that a call moves, counted to its lane while it is in flight.
@@ -81,13 +94,20 @@ pub(super) struct Connection {
     stop: CancellationToken,
     memory: Arc<dyn Register>,
     pub(super) about: About,
+    incast: Option<Arc<Incast>>,
     device_failed: AtomicBool,
     retired: AtomicBool,
 }
 
 impl Connection {
-    /// Starts the tasks that carry the connection. `counters` are the link's.
-    pub(super) fn start<T: LinkTx, R: LinkRx>(tx: T, mut rx: R, counters: Arc<Counters>) -> Arc<Connection> {
+    /// Starts the tasks that carry the connection. `counters` are the link's; without `incast` the
+    /// server does not know of grants.
+    pub(super) fn start<T: LinkTx, R: LinkRx>(
+        tx: T,
+        mut rx: R,
+        counters: Arc<Counters>,
+        incast: Option<Arc<Incast>>,
+    ) -> Arc<Connection> {
         let (memory, device) = (tx.register(), tx.device());
         let outbox = Arc::new(Outbox::new(tx));
         let me = Arc::new(Connection {
@@ -99,6 +119,7 @@ impl Connection {
             stop: CancellationToken::new(),
             memory,
             about: About { transport: T::NAME, device, counters, since: Instant::now() },
+            incast,
             device_failed: AtomicBool::new(false),
             retired: AtomicBool::new(false),
         });
@@ -205,6 +226,12 @@ impl Connection {
             Ok(window) => window.flatten(),
             Err(e) => return Err(Ended::Remote(WireError::new(e.kind(), e.to_string()))),
         };
+        let turn = match (&self.incast, call.recv.as_ref().map_or(0, BufMut::capacity)) {
+            (Some(incast), bytes) if bytes > SMALL => {
+                incast.try_take(bytes).map_or(Turn::Asked, |tokens| Turn::Free(Some(tokens)))
+            }
+            _ => Turn::Free(None),
+        };
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let header = Header {
             kind: FrameKind::Request,
@@ -213,6 +240,7 @@ impl Connection {
             head_len: call.head.len() as u32,
             payload_len: call.send.as_ref().map_or(0, |b| b.len()) as u32,
             aux: call.recv.as_ref().map_or(0, BufMut::capacity).min(super::MAX_PAYLOAD) as u32,
+            ask: matches!(turn, Turn::Asked),
         };
         let (answer, answered) = oneshot::channel();
         {
@@ -225,6 +253,7 @@ impl Connection {
                 _send: call.send.clone(),
                 answer,
                 abandoned: None,
+                turn,
                 _load: load,
                 _permit: permit,
             };
@@ -255,6 +284,9 @@ impl Connection {
 
     /// Gives a call that the peer has certainly not seen back to its caller.
     fn not_sent(&self, request: Outgoing) {
+        if request.header.kind != FrameKind::Request {
+            return;
+        }
         let Some(call) = self.take(request.header.call) else { return };
         let back = Call {
             method: request.header.method,
@@ -284,16 +316,89 @@ impl Connection {
 
     /// The caller is gone. Its buffers stay until the answer comes.
     fn abandon(&self, id: u64) {
-        let too_many = {
+        let (too_many, turn) = {
             let mut calls = self.lock();
             let Some(call) = calls.in_flight.get_mut(&id) else { return };
             call.abandoned = Some(Instant::now());
+            // Its reply may still come, but no other waits for it.
+            let turn = match &call.turn {
+                Turn::Asked => None,
+                Turn::Free(_) | Turn::InLine(_) => Some(std::mem::replace(&mut call.turn, Turn::Free(None))),
+            };
             calls.quarantined += 1;
-            calls.quarantined >= MAX_QUARANTINED
+            (calls.quarantined >= MAX_QUARANTINED, turn)
         };
+        if let Some(Turn::InLine(_)) = turn {
+            self.say_grant(id, false);
+        }
+        drop(turn);
         if too_many {
             self.end(format!("{MAX_QUARANTINED} calls in a row were given up unanswered"));
         }
+    }
+
+    /// The reply to `id` is there and asks to be sent.
+    fn ready(self: &Arc<Self>, id: u64, bytes: usize) -> Result<(), LinkError> {
+        let Some(incast) = &self.incast else {
+            return Err(LinkError::Protocol("a reply asks in a protocol that knows no grants".into()));
+        };
+        let wanted = {
+            let mut calls = self.lock();
+            match calls.in_flight.get_mut(&id) {
+                Some(call) if matches!(call.turn, Turn::Asked) => {
+                    let wanted = call.abandoned.is_none();
+                    call.turn =
+                        if wanted { Turn::InLine(incast.wait(self, id, bytes)) } else { Turn::Free(None) };
+                    wanted
+                }
+                _ => return Err(LinkError::Protocol(format!("a reply to call {id} asks, which need not"))),
+            }
+        };
+        if wanted {
+            incast.grant();
+        } else {
+            self.say_grant(id, false);
+        }
+        Ok(())
+    }
+
+    /// The reply to `id` may come.
+    pub(super) fn granted(&self, id: u64, tokens: Tokens) {
+        let place = {
+            let mut calls = self.lock();
+            match calls.in_flight.get_mut(&id) {
+                Some(call) if matches!(call.turn, Turn::InLine(_)) => {
+                    std::mem::replace(&mut call.turn, Turn::Free(Some(tokens)))
+                }
+                // It was given up or answered meanwhile, and so told.
+                _ => {
+                    drop(calls);
+                    return drop(tokens);
+                }
+            }
+        };
+        self.say_grant(id, true);
+        drop(place);
+    }
+
+    fn say_grant(&self, call: u64, send: bool) {
+        let header = Header {
+            kind: FrameKind::Grant,
+            call,
+            method: 0,
+            head_len: 0,
+            payload_len: 0,
+            aux: u32::from(send),
+            ask: false,
+        };
+        // Fails only if the connection is over, and with it the call.
+        let _ = self.outbox.say(Outgoing {
+            header,
+            head: Bytes::new(),
+            payload: None,
+            window: None,
+            permit: None,
+        });
     }
 
     /// Ends the connection when a call that was given up holds its buffers for too long.
@@ -338,7 +443,7 @@ impl Drop for AbandonOnDrop<'_> {
 }
 
 /// Reads answers until the link ends.
-async fn read<R: LinkRx>(me: &Connection, rx: &mut R) -> LinkError {
+async fn read<R: LinkRx>(me: &Arc<Connection>, rx: &mut R) -> LinkError {
     loop {
         if let Err(e) = read_one(me, rx).await {
             return e;
@@ -349,12 +454,14 @@ async fn read<R: LinkRx>(me: &Connection, rx: &mut R) -> LinkError {
     }
 }
 
-async fn read_one<R: LinkRx>(me: &Connection, rx: &mut R) -> Result<(), LinkError> {
+async fn read_one<R: LinkRx>(me: &Arc<Connection>, rx: &mut R) -> Result<(), LinkError> {
     let broken = |what: String| Err(LinkError::Protocol(what));
     let incoming = rx.recv().await?;
     let Header { kind, call: id, payload_len, aux, .. } = incoming.header;
-    if kind == FrameKind::Request {
-        return broken("a server sent a request".into());
+    match kind {
+        FrameKind::Reply | FrameKind::Error => {}
+        FrameKind::Ready => return me.ready(id, aux as usize),
+        FrameKind::Request | FrameKind::Grant => return broken(format!("a server sent a {kind:?}")),
     }
     let Some(mut call) = me.take(id) else {
         return broken(format!("an answer to call {id}, which is not in flight"));

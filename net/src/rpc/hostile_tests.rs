@@ -15,7 +15,7 @@ fn terms(secret: u8) -> Terms {
 }
 
 /// Connects and proves itself as a member, then leaves the raw stream to the test.
-async fn member(server: &Running) -> TcpStream {
+pub(super) async fn member(server: &Running) -> TcpStream {
     let mut stream = TcpStream::connect(server.addr).await.unwrap();
     let (mut machine, hello) = Initiator::start(terms(1), "tester", [0; 32], handshake::nonce());
     stream.write_all(&hello).await.unwrap();
@@ -24,15 +24,28 @@ async fn member(server: &Running) -> TcpStream {
 }
 
 /// Accepts one connection as a server that proves itself, then leaves the raw stream to the test.
-async fn serve_raw(listener: &TcpListener) -> TcpStream {
-    let (mut stream, _) = listener.accept().await.unwrap();
-    let mut machine = Responder::new(terms(1), handshake::nonce());
-    drive_handshake(&mut stream, &mut machine, Responder::wants, Responder::feed).await.unwrap();
-    stream
+pub(super) async fn serve_raw(listener: &TcpListener) -> TcpStream {
+    serve_raw_in(listener, terms(1).versions).await
 }
 
-fn header(kind: FrameKind, call: u64, payload_len: u32) -> Header {
-    Header { kind, call, method: 0, head_len: 0, payload_len, aux: 0 }
+/// The same in some versions of the protocol only.
+pub(super) async fn serve_raw_in(listener: &TcpListener, versions: (u16, u16)) -> TcpStream {
+    try_serve_raw(listener, versions).await.unwrap()
+}
+
+/// The same for a client that may give up meanwhile.
+pub(super) async fn try_serve_raw(
+    listener: &TcpListener,
+    versions: (u16, u16),
+) -> Result<TcpStream, HandshakeError> {
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let mut machine = Responder::new(Terms { versions, ..terms(1) }, handshake::nonce());
+    drive_handshake(&mut stream, &mut machine, Responder::wants, Responder::feed).await?;
+    Ok(stream)
+}
+
+pub(super) fn header(kind: FrameKind, call: u64, payload_len: u32) -> Header {
+    Header { kind, call, method: 0, head_len: 0, payload_len, aux: 0, ask: false }
 }
 
 /// Whether the other side has closed; bytes that come before are dropped.
@@ -183,7 +196,7 @@ async fn a_server_that_breaks_the_protocol_loses_the_client_and_no_memory() {
     let peer = listener.local_addr().unwrap().to_string();
     let client = Client::new(identity(1));
     let cases: [(&str, Vec<u8>); 5] = [
-        ("sent a request", header(FrameKind::Request, 1, 0).encode().to_vec()),
+        ("sent a Request", header(FrameKind::Request, 1, 0).encode().to_vec()),
         ("not in flight", header(FrameKind::Reply, 999, 0).encode().to_vec()),
         ("for a buffer of 4096", header(FrameKind::Reply, 1, 4097).encode().to_vec()),
         ("not with its magic", vec![3; HEADER_BYTES]),

@@ -131,6 +131,19 @@ mod tests {
         assert_eq!(serde_json::from_str::<NetInfo>("{}").unwrap(), NetInfo::default());
     }
 
+    proptest::proptest! {
+        #[test]
+        fn whatever_is_told_does_no_harm(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300)) {
+            let _ = serde_json::from_slice::<NetInfo>(&bytes);
+            let mut text = serde_json::to_vec(&NetInfo::default()).unwrap();
+            for (at, byte) in bytes.iter().enumerate().take(8) {
+                let at = (at * 37 + usize::from(*byte)) % text.len();
+                text[at] = *byte;
+            }
+            let _ = serde_json::from_slice::<NetInfo>(&text);
+        }
+    }
+
     #[test]
     fn what_is_told_comes_back() {
         let connection =

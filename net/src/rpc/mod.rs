@@ -4,6 +4,7 @@ mod carrier;
 mod client;
 mod connection;
 pub(crate) mod frame;
+mod incast;
 pub mod info;
 mod lanes;
 mod outbox;
@@ -29,6 +30,10 @@ const HANDSHAKE_TIME: Duration = Duration::from_secs(5);
 /// Default time after which a peer that moves no byte of a message is given up: its process is
 /// stopped or its reader is stuck, and what is queued for it would only age.
 const STALL_TIME: Duration = Duration::from_secs(15);
+
+/// A call that moves no more is small: metadata, and reads of a page. It may wait for some of its
+/// kind, never for a chunk; and its reply floods nobody.
+const SMALL: usize = 16 << 10;
 
 /// Who a process is, and what makes it a member.
 #[derive(Clone, Debug)]
@@ -172,10 +177,16 @@ where
 }
 
 #[cfg(test)]
+mod bound_tests;
+#[cfg(test)]
 mod hostile_tests;
+#[cfg(test)]
+mod incast_tests;
 #[cfg(test)]
 mod lane_tests;
 #[cfg(test)]
 mod proxy;
 #[cfg(test)]
 pub(crate) mod tests;
+#[cfg(test)]
+mod vanish_tests;

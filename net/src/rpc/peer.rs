@@ -3,6 +3,7 @@
 
 use super::carrier::{Carriers, Link, Made, Want};
 use super::connection::Connection;
+use super::incast::Incast;
 use super::info::PeerInfo;
 use super::lanes::{Class, Plan};
 use super::{ClientOptions, Identity, drive_handshake};
@@ -28,6 +29,7 @@ pub(super) struct Dialer {
     pub(super) identity: Identity,
     pub(super) options: ClientOptions,
     pub(super) heads: Heads,
+    pub(super) incast: Arc<Incast>,
     pub(super) counters: Arc<Counters>,
     pub(super) connections: AtomicU64,
     pub(super) refused: AtomicU64,
@@ -57,14 +59,15 @@ impl Dialer {
         let shake = async {
             use tokio::io::AsyncWriteExt;
             stream.write_all(&hello).await.map_err(|e| HandshakeError::Ended(e.to_string()))?;
-            drive_handshake(&mut stream, &mut machine, Initiator::wants, Initiator::feed).await?;
-            plan.dial(stream, link).await
+            let agreed =
+                drive_handshake(&mut stream, &mut machine, Initiator::wants, Initiator::feed).await?;
+            Ok((agreed.version, plan.dial(stream, link).await?))
         };
         let dialled = tokio::time::timeout(self.options.handshake_time, shake)
             .await
             .unwrap_or(Err(HandshakeError::TimedOut));
-        let Made { link, why_tcp } = match dialled {
-            Ok(made) => made,
+        let (version, Made { link, why_tcp }) = match dialled {
+            Ok(dialled) => dialled,
             // A server that goes away meanwhile is no stranger; ask again later.
             Err(HandshakeError::Ended(reason)) => {
                 return Err(unreachable(io::Error::new(io::ErrorKind::ConnectionReset, reason)));
@@ -75,9 +78,11 @@ impl Dialer {
             }
         };
         self.connections.fetch_add(1, Ordering::Relaxed);
+        // A server of an older release sends its replies unasked, and they are not counted.
+        let incast = (version >= handshake::VERSION_GRANTS).then(|| self.incast.clone());
         let connection = match link {
-            Link::Tcp((tx, rx)) => Connection::start(tx, rx, counters),
-            Link::Verbs((tx, rx)) => Connection::start(tx, rx, counters),
+            Link::Tcp((tx, rx)) => Connection::start(tx, rx, counters, incast),
+            Link::Verbs((tx, rx)) => Connection::start(tx, rx, counters, incast),
         };
         Ok((connection, why_tcp))
     }

@@ -6,12 +6,14 @@ use super::connection::MAX_IN_FLIGHT;
 use super::frame::{FrameKind, Header, MAX_HEAD};
 use super::info::{About, ConnectionInfo, INFO_METHOD, NetInfo};
 use super::outbox::{Outbox, Say};
-use super::{HANDSHAKE_TIME, Identity, NetStats, Reply, Request, STALL_TIME, Service, drive_handshake};
-use crate::buf::{BufPool, Heads};
+use super::{
+    HANDSHAKE_TIME, Identity, NetStats, Reply, Request, SMALL, STALL_TIME, Service, drive_handshake,
+};
+use crate::buf::{Buf, BufPool, HeadRoom, Heads};
 use crate::error::{HandshakeError, LinkError};
 use crate::fabric::{Fabric, Traffic};
 use crate::handshake::{self, Purpose, Responder, Terms};
-use crate::link::{Counters, LinkOptions, LinkRx, LinkTx, Outgoing, tcp};
+use crate::link::{Counters, LinkOptions, LinkRx, LinkTx, Outgoing, Permit, tcp};
 use bytes::Bytes;
 use firefly_types::{ErrorKind, WireError, lock};
 use futures::FutureExt;
@@ -19,13 +21,14 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 /// Connections whose peers have not proven themselves yet. Strangers cost a socket and a few
@@ -51,6 +54,10 @@ pub struct ServerOptions {
     /// A client that moves no byte of a message that has begun for so long is given up. Default
     /// 15 s.
     pub stall_time: Duration,
+    /// Longest time that a reply waits for its client's grant, holding its memory. Default 10 s: a
+    /// client grants in the order in which replies get ready, so it waits for those before it, and
+    /// no longer than their callers do.
+    pub grant_time: Duration,
     /// What the answers are for, which decides how their packets are marked. Default control.
     pub traffic: Traffic,
     /// How peers are reached. Default: the process's.
@@ -64,6 +71,7 @@ impl Default for ServerOptions {
             max_connections: 16384,
             handshake_time: HANDSHAKE_TIME,
             stall_time: STALL_TIME,
+            grant_time: Duration::from_secs(10),
             traffic: Traffic::Control,
             fabric: Fabric::shared(),
         }
@@ -103,6 +111,8 @@ struct Shared {
     options: ServerOptions,
     heads: Heads,
     totals: Arc<Totals>,
+    /// Bytes of replies that wait for their grants, in units of `ASKING_UNIT`.
+    asking: Arc<Semaphore>,
     /// Connections by number, for those who ask.
     live: Mutex<HashMap<u64, Arc<Serving>>>,
 }
@@ -111,7 +121,8 @@ impl Shared {
     fn new(identity: Identity, service: Arc<dyn Service>, options: ServerOptions) -> Shared {
         let carriers = Carriers::of(&options.fabric);
         let (heads, totals, live) = (Heads::default(), Arc::default(), Mutex::default());
-        Shared { carriers, identity, service, options, heads, totals, live }
+        let asking = Arc::new(Semaphore::new(ASKING_BYTES / ASKING_UNIT));
+        Shared { carriers, identity, service, options, heads, totals, asking, live }
     }
 
     fn info(&self) -> NetInfo {
@@ -155,6 +166,11 @@ impl Server {
     /// The memory that payloads of requests are received into.
     pub fn pool(&self) -> &BufPool {
         &self.shared.options.pool
+    }
+
+    #[cfg(test)]
+    pub(super) fn heads(&self) -> Heads {
+        self.shared.heads.clone()
     }
 
     /// A handle on the counters.
@@ -228,11 +244,11 @@ async fn serve(
         tracing::warn!(peer = %addr, reason = %error, "refused a connection");
     };
     let member = members.try_acquire_owned();
-    let counters = Counters::part_of(&shared.totals.bytes);
+    let (counters, heads) = (Counters::part_of(&shared.totals.bytes), shared.heads.of_connection());
     let link = LinkOptions {
         counters: counters.clone(),
         stall: stall_time,
-        heads: shared.heads.of_connection(),
+        heads: heads.clone(),
         class: shared.options.fabric.options().class(shared.options.traffic),
     };
     if let Err(e) = tcp::configure(&stream, &link) {
@@ -256,12 +272,39 @@ async fn serve(
         Err(error) => return refuse(error),
     };
     drop(room);
-    let who = (name, addr.to_string());
+    let (who, counts) = ((name, addr.to_string()), (counters, heads));
     let reason = match link {
-        Link::Tcp((tx, rx)) => carry(&shared, tx, rx, who, counters, stop).await,
-        Link::Verbs((tx, rx)) => carry(&shared, tx, rx, who, counters, stop).await,
+        Link::Tcp((tx, rx)) => carry(&shared, tx, rx, who, counts, stop).await,
+        Link::Verbs((tx, rx)) => carry(&shared, tx, rx, who, counts, stop).await,
     };
     tracing::debug!(peer = %addr, %reason, "disconnected");
+}
+
+/// Replies that wait for their grant, of one connection: those to come included, so that a caller
+/// that takes its time holds up its own bulk and nobody else's memory.
+const MAX_ASKING: usize = 32;
+/// Bytes of such replies of all connections, half of the default payload memory; the requests
+/// beyond it wait without.
+const ASKING_BYTES: usize = 256 << 20;
+/// Granularity of that count, which a semaphore keeps in 32 bits.
+const ASKING_UNIT: usize = 4 << 10;
+/// What a call holds from before it is handled until its reply, if that has to ask, was sent.
+#[expect(dead_code, reason = "held, not read")]
+struct Asking(OwnedSemaphorePermit, OwnedSemaphorePermit);
+
+/// The replies that wait for their grants.
+#[derive(Default)]
+struct Parking {
+    replies: HashMap<u64, Parked>,
+    /// Nobody reads grants now: the reader waits for what such replies may hold. They go without.
+    closed: bool,
+}
+
+/// A reply that waits for its grant.
+struct Parked {
+    answer: Answer,
+    reply: Reply,
+    since: Instant,
 }
 
 /// One connection as its handlers see it.
@@ -270,6 +313,11 @@ struct Serving {
     outbox: Arc<dyn Say>,
     /// One for each call in flight, until its answer was written.
     permits: Arc<Semaphore>,
+    /// What long heads take up, in both directions, and the answers that wait for it.
+    heads: Heads,
+    long_waiting: AtomicUsize,
+    asking: Arc<Semaphore>,
+    parked: Mutex<Parking>,
     name: String,
     address: String,
     /// Both, for the service and for logs.
@@ -283,7 +331,7 @@ async fn carry<T: LinkTx, R: LinkRx>(
     tx: T,
     mut rx: R,
     (name, address): (String, String),
-    counters: Arc<Counters>,
+    (counters, heads): (Arc<Counters>, Heads),
     stop: CancellationToken,
 ) -> String {
     let peer = format!("{name} ({address})");
@@ -291,9 +339,19 @@ async fn carry<T: LinkTx, R: LinkRx>(
     tracing::debug!(%peer, transport = T::NAME, device = about.device, "connected");
     let outbox = Arc::new(Outbox::new(tx));
     let permits = Arc::new(Semaphore::new(MAX_IN_FLIGHT));
-    let serving =
-        Serving { shared: shared.clone(), outbox: outbox.clone(), permits, name, address, peer, about };
-    let serving = Arc::new(serving);
+    let serving = Arc::new(Serving {
+        shared: shared.clone(),
+        outbox: outbox.clone(),
+        permits,
+        heads,
+        long_waiting: AtomicUsize::new(0),
+        asking: Arc::new(Semaphore::new(MAX_ASKING)),
+        parked: Mutex::default(),
+        name,
+        address,
+        peer,
+        about,
+    });
     let _listed = Listed::new(&serving);
     let done = CancellationToken::new();
     let (writing, written) = (outbox.clone(), done.clone());
@@ -313,6 +371,7 @@ async fn carry<T: LinkTx, R: LinkRx>(
     let reason = tokio::select! {
         error = reading => Some(error.to_string()),
         written = &mut writer => Some(ended(written)),
+        never = serving.watch_parked() => match never {},
         () = stop.cancelled() => None,
     };
     let reason = match reason {
@@ -320,7 +379,7 @@ async fn carry<T: LinkTx, R: LinkRx>(
         None => {
             serving.outbox.flush();
             // A permit comes back when the answer has been written: all back means all answered.
-            let all = serving.permits.acquire_many(MAX_IN_FLIGHT as u32);
+            let all = serving.while_not_reading(serving.permits.acquire_many(MAX_IN_FLIGHT as u32));
             tokio::select! {
                 drained = tokio::time::timeout(DRAIN, all) => match drained {
                     Ok(_) => "this server stopped".to_owned(),
@@ -333,6 +392,8 @@ async fn carry<T: LinkTx, R: LinkRx>(
     // Handlers still running finish by themselves; their answers have nowhere to go.
     done.cancel();
     drop(outbox.close().await);
+    // They know this connection, which knows them.
+    lock(&serving.parked).replies.clear();
     reason
 }
 
@@ -373,23 +434,34 @@ impl Serving {
         let permit = match self.permits.clone().try_acquire_owned() {
             Ok(permit) => permit,
             Err(_) => {
-                self.outbox.flush();
-                self.permits.clone().acquire_owned().await.expect("the semaphore is never closed")
+                let permit = self.permits.clone().acquire_owned();
+                self.while_not_reading(permit).await.expect("the semaphore is never closed")
             }
         };
+        if self.long_waiting.load(Ordering::Relaxed) > 0 {
+            // In line behind the answers that wait to be sent: a peer that does not read them gets
+            // no more of them made.
+            drop(self.while_not_reading(self.heads.take_some()).await);
+        }
         let incoming = rx.recv().await?;
         let Header { kind, call, method, payload_len, aux, .. } = incoming.header;
-        if kind != FrameKind::Request {
-            return Err(LinkError::Protocol(format!("a client sent a frame of kind {kind:?}")));
+        match kind {
+            FrameKind::Request => {}
+            FrameKind::Grant => {
+                self.granted(call, aux == 1);
+                return Ok(());
+            }
+            other => return Err(LinkError::Protocol(format!("a client sent a frame of kind {other:?}"))),
         }
         self.shared.totals.calls.fetch_add(1, Ordering::Relaxed);
         let len = payload_len as usize;
         let limit = if method == INFO_METHOD { 0 } else { self.shared.service.payload_limit(method) };
-        let answer = Answer {
+        let mut answer = Answer {
             serving: self.clone(),
             call,
             reply_capacity: aux as usize,
             window: incoming.window,
+            asking: None,
             permit,
         };
         if len > limit {
@@ -404,10 +476,7 @@ impl Serving {
             let pool = &self.shared.options.pool;
             let buf = match pool.try_alloc(len) {
                 Some(buf) => buf,
-                None => {
-                    self.outbox.flush();
-                    pool.alloc(len).await
-                }
+                None => self.while_not_reading(pool.alloc(len)).await,
             };
             payload = Some(rx.pull(&incoming, buf).await?);
         }
@@ -442,9 +511,99 @@ impl Serving {
             answer.send(result, false);
             return Ok(());
         }
-        tokio::spawn(async move { answer.send(handling.await, true) });
+        let asks = incoming.header.ask;
+        let me = self.clone();
+        tokio::spawn(async move {
+            if asks {
+                answer.asking = Some(me.ask(answer.reply_capacity).await);
+            }
+            answer.send(handling.await, true);
+        });
         Ok(())
     }
+
+    /// Waits for memory or for calls in flight to end. The grants that replies of this connection
+    /// wait for are behind what the reader waits with, and the replies may hold the very thing that
+    /// it waits for: so they go ungranted. Too many bytes at the client's door for a moment are
+    /// better than a deadlock.
+    async fn while_not_reading<T>(self: &Arc<Self>, wait: impl Future<Output = T>) -> T {
+        self.outbox.flush();
+        let parked: Vec<Parked> = {
+            let mut parking = lock(&self.parked);
+            parking.closed = true;
+            parking.replies.drain().map(|(_, parked)| parked).collect()
+        };
+        for Parked { answer, reply, .. } in parked {
+            answer.push(reply);
+        }
+        let got = wait.await;
+        lock(&self.parked).closed = false;
+        got
+    }
+
+    /// Waits until another reply may wait for its grant.
+    async fn ask(&self, bytes: usize) -> Asking {
+        let units = bytes.min(ASKING_BYTES).div_ceil(ASKING_UNIT) as u32;
+        let ours = self.asking.clone().acquire_owned().await;
+        let all = self.shared.asking.clone().acquire_many_owned(units).await;
+        Asking(ours.expect("the semaphore is never closed"), all.expect("the semaphore is never closed"))
+    }
+
+    /// Tells the caller that a reply is there, and keeps it until the caller grants it.
+    fn park(self: &Arc<Self>, answer: Answer, reply: Reply) {
+        let (call, bytes) = (answer.call, reply.data.as_ref().map_or(0, |d| d.len()));
+        {
+            let mut parking = lock(&self.parked);
+            if parking.closed {
+                drop(parking);
+                return answer.push(reply);
+            }
+            parking.replies.insert(call, Parked { answer, reply, since: Instant::now() });
+        }
+        let header = Header { kind: FrameKind::Ready, aux: bytes as u32, ..answer_header(call) };
+        let ready = Outgoing { header, head: Bytes::new(), payload: None, window: None, permit: None };
+        if self.outbox.say(ready).is_err() {
+            // The connection is gone, and may have been cleared before this came.
+            lock(&self.parked).replies.remove(&call);
+        }
+    }
+
+    fn granted(&self, call: u64, send: bool) {
+        // None: it timed out just now, and the caller will read that.
+        let Some(Parked { answer, reply, .. }) = lock(&self.parked).replies.remove(&call) else { return };
+        match send {
+            true => answer.push(reply),
+            false => answer.refuse(WireError::new(ErrorKind::Timeout, "the caller has given up"), true),
+        }
+    }
+
+    /// Answers those of the replies that wait for their grants with an error.
+    fn unpark(&self, which: impl Fn(&Parked) -> bool, why: &str) {
+        let gone: Vec<Parked> = {
+            let mut parking = lock(&self.parked);
+            parking.replies.extract_if(|_, parked| which(parked)).map(|(_, parked)| parked).collect()
+        };
+        for Parked { answer, .. } in gone {
+            let message = format!("the reply was there, but its caller did not take it: {why}");
+            answer.refuse(WireError::new(ErrorKind::Timeout, message), true);
+        }
+    }
+
+    /// Gives up replies whose grants do not come.
+    async fn watch_parked(&self) -> std::convert::Infallible {
+        let most = self.shared.options.grant_time;
+        let mut tick = tokio::time::interval((most / 10).max(Duration::from_millis(1)));
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            self.unpark(|parked| parked.since.elapsed() > most, &format!("no grant in {most:?}"));
+        }
+    }
+}
+
+/// The header of an answer without anything.
+fn answer_header(call: u64) -> Header {
+    Header { kind: FrameKind::Reply, call, method: 0, head_len: 0, payload_len: 0, aux: 0, ask: false }
 }
 
 /// The right and duty to answer one call.
@@ -453,11 +612,14 @@ struct Answer {
     call: u64,
     reply_capacity: usize,
     window: Option<crate::link::Window>,
+    /// If a reply with much payload has to ask before it is sent.
+    asking: Option<Asking>,
     permit: OwnedSemaphorePermit,
 }
 
 impl Answer {
-    /// Answers. With `now`, at once; otherwise the reader's next flush does.
+    /// Answers. With `now`, at once; otherwise the reader's next flush does. An answer with a long
+    /// head waits for room in a task of its own.
     fn send(self, result: Result<Reply, WireError>, now: bool) {
         let result = result.and_then(|reply| {
             let (head, data) = (reply.head.len(), reply.data.as_ref().map_or(0, |d| d.len()));
@@ -474,19 +636,56 @@ impl Answer {
             }
             Ok(reply)
         });
-        let (kind, head, payload, aux) = match result {
-            Ok(reply) => (FrameKind::Reply, reply.head, reply.data.filter(|d| !d.is_empty()), 0),
-            Err(e) => {
-                let mut message = e.message;
-                let cut = (0..=MAX_MESSAGE).rev().find(|n| message.is_char_boundary(*n)).unwrap_or(0);
-                message.truncate(cut);
-                (FrameKind::Error, Bytes::from(message), None, u32::from(e.kind.code()))
+        match result {
+            Err(error) => self.refuse(error, now),
+            Ok(reply) if self.asking.is_some() && reply.data.as_ref().is_some_and(|d| d.len() > SMALL) => {
+                self.serving.clone().park(self, reply);
             }
+            Ok(Reply { head, data }) => {
+                let payload = data.filter(|d| !d.is_empty());
+                let payload_len = payload.as_ref().map_or(0, |p| p.len()) as u32;
+                let header = Header { head_len: head.len() as u32, payload_len, ..answer_header(self.call) };
+                self.say(header, head, payload, now);
+            }
+        }
+    }
+
+    /// Sends a reply that was checked and granted.
+    fn push(self, reply: Reply) {
+        let asked = Answer { asking: None, ..self };
+        asked.send(Ok(reply), true);
+    }
+
+    fn refuse(self, error: WireError, now: bool) {
+        let mut message = error.message;
+        let cut = (0..=MAX_MESSAGE).rev().find(|n| message.is_char_boundary(*n)).unwrap_or(0);
+        message.truncate(cut);
+        let header = Header {
+            kind: FrameKind::Error,
+            head_len: message.len() as u32,
+            aux: u32::from(error.kind.code()),
+            ..answer_header(self.call)
         };
-        let payload_len = payload.as_ref().map_or(0, |p| p.len()) as u32;
-        let header =
-            Header { kind, call: self.call, method: 0, head_len: head.len() as u32, payload_len, aux };
-        let answer = Outgoing { header, head, payload, window: self.window, permit: Some(self.permit) };
+        self.say(header, Bytes::from(message), None, now);
+    }
+
+    fn say(self, header: Header, head: Bytes, payload: Option<Buf>, now: bool) {
+        let serving = self.serving.clone();
+        let Some(room) = serving.heads.try_take(head.len()) else {
+            serving.long_waiting.fetch_add(1, Ordering::Relaxed);
+            tokio::spawn(async move {
+                let room = serving.heads.take(head.len()).await;
+                serving.long_waiting.fetch_sub(1, Ordering::Relaxed);
+                self.say_in(room, header, head, payload, true);
+            });
+            return;
+        };
+        self.say_in(room, header, head, payload, now);
+    }
+
+    fn say_in(self, room: HeadRoom, header: Header, head: Bytes, payload: Option<Buf>, now: bool) {
+        let permit = Some(Permit { _call: self.permit, _room: room });
+        let answer = Outgoing { header, head, payload, window: self.window, permit };
         let outbox = &self.serving.outbox;
         // Fails only if the connection is gone, and then nobody wants the answer.
         let _ = if now { outbox.say(answer) } else { outbox.queue(answer) };
@@ -503,5 +702,5 @@ pub(super) async fn serve_link<T: LinkTx, R: LinkRx>(
     stop: CancellationToken,
 ) -> String {
     let shared = Shared::new(identity, service, ServerOptions::default());
-    carry(&Arc::new(shared), tx, rx, ("tester".into(), peer.to_owned()), Arc::default(), stop).await
+    carry(&Arc::new(shared), tx, rx, ("tester".into(), peer.to_owned()), Default::default(), stop).await
 }

@@ -29,6 +29,7 @@ pub(crate) const GATED: u16 = 3;
 const PANIC: u16 = 4;
 const FAIL: u16 = 5;
 pub(crate) const HUGE_HEAD: u16 = 6;
+pub(crate) const LONG_HEAD: u16 = 7;
 
 /// Echoes, fills, waits, panics and fails, as the method says.
 pub(crate) struct TestService {
@@ -38,7 +39,9 @@ pub(crate) struct TestService {
     pub(crate) entered: Semaphore,
     /// How often each head was echoed.
     pub(crate) seen: Mutex<HashMap<Bytes, usize>>,
-    running: AtomicUsize,
+    /// How many long heads were made.
+    pub(crate) made: AtomicUsize,
+    pub(crate) running: AtomicUsize,
     most: AtomicUsize,
 }
 
@@ -49,6 +52,7 @@ impl TestService {
             gate: Semaphore::new(0),
             entered: Semaphore::new(0),
             seen: Mutex::default(),
+            made: AtomicUsize::new(0),
             running: AtomicUsize::new(0),
             most: AtomicUsize::new(0),
         })
@@ -72,7 +76,8 @@ impl TestService {
     }
 
     async fn method(&self, request: Request) -> Result<Reply, WireError> {
-        assert!(request.peer.starts_with("tester ("), "{}", request.peer);
+        let name_and_address = request.peer.strip_prefix("tester (").and_then(|p| p.strip_suffix(')'));
+        assert!(name_and_address.is_some_and(|a| a.parse::<SocketAddr>().is_ok()), "{}", request.peer);
         match request.method {
             ECHO => {
                 *self.seen.lock().unwrap().entry(request.head.clone()).or_default() += 1;
@@ -92,6 +97,10 @@ impl TestService {
             PANIC => panic!("asked to"),
             FAIL => {
                 Err(WireError::new(ErrorKind::NotFound, "no such thing: ".to_owned() + &"ä".repeat(5000)))
+            }
+            LONG_HEAD => {
+                self.made.fetch_add(1, Ordering::SeqCst);
+                Ok(Reply::head(vec![0; MAX_HEAD]))
             }
             HUGE_HEAD => Ok(Reply::head(vec![0; MAX_HEAD + 1])),
             other => Err(WireError::new(ErrorKind::Unsupported, format!("method {other}"))),
@@ -114,6 +123,7 @@ pub(crate) struct Running {
     pub(crate) peer: String,
     pub(crate) stats: ServerStats,
     pub(crate) pool: BufPool,
+    pub(crate) heads: crate::buf::Heads,
     pub(crate) stop: CancellationToken,
     task: JoinHandle<()>,
 }
@@ -122,9 +132,9 @@ pub(crate) fn start_at(addr: SocketAddr, service: Arc<TestService>, options: Ser
     let server = Server::bind_with(addr, identity(1), service, options).unwrap();
     let addr = server.local_addr();
     let stop = CancellationToken::new();
-    let (stats, pool) = (server.stats(), server.pool().clone());
+    let (stats, pool, heads) = (server.stats(), server.pool().clone(), server.heads());
     let task = tokio::spawn(server.run(stop.clone()));
-    Running { addr, peer: addr.to_string(), stats, pool, stop, task }
+    Running { addr, peer: addr.to_string(), stats, pool, heads, stop, task }
 }
 
 pub(crate) fn start(service: Arc<TestService>) -> Running {
@@ -497,7 +507,8 @@ pub(crate) async fn rpc_contract(
         let stop = stop.clone();
         async move { server::serve_link(theirs, identity(1), server, "127.0.0.1:0", stop).await }
     });
-    let connection = connection::Connection::start(ct, cr, Arc::default());
+    let connection =
+        connection::Connection::start(ct, cr, Arc::default(), Some(incast::Incast::new(64 << 20)));
     let ask = async |call: Call| connection.call(call).await;
     let mut steps = 0;
 

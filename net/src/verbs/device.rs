@@ -287,6 +287,14 @@ impl Device {
         Ok(Port { number, link, mtu: attr.active_mtu, lid: attr.lid, gid, gids, netdev })
     }
 
+    /// Descriptors that a forked child must close: while it holds them, the kernel keeps this
+    /// process's queue pairs and registrations alive, even if this process is killed.
+    pub(crate) fn fork_fds(&self) -> [RawFd; 2] {
+        // SAFETY: an open device.
+        let context = unsafe { self.context.as_ref() };
+        [context.cmd_fd, context.async_fd]
+    }
+
     /// Readable when an asynchronous event waits.
     pub(crate) fn event_fd(&self) -> RawFd {
         // SAFETY: an open device.

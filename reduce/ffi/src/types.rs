@@ -69,6 +69,8 @@ pub struct FfrConfig {
     pub heartbeat_timeout_ms: u32,
     /// C string or null.
     pub bind_address: *const c_char,
+    /// Milliseconds; 0 is `timeout_ms`.
+    pub form_timeout_ms: u64,
 }
 
 /// `ffr_stats`.
@@ -89,9 +91,9 @@ pub struct FfrStats {
     pub shm_bytes_sent: u64,
     /// Through shared memory.
     pub shm_bytes_received: u64,
-    /// Through the network.
+    /// Through TCP.
     pub tcp_bytes_sent: u64,
-    /// Through the network.
+    /// Through TCP.
     pub tcp_bytes_received: u64,
     /// Input bytes reduced here.
     pub reduced_bytes: u64,
@@ -99,6 +101,16 @@ pub struct FfrStats {
     pub local_peers: u32,
     /// Ranks reached through the network.
     pub remote_peers: u32,
+    /// Through RDMA devices.
+    pub rdma_bytes_sent: u64,
+    /// Through RDMA devices.
+    pub rdma_bytes_received: u64,
+    /// Payload copied in user space between channels and operations.
+    pub copied_bytes: u64,
+    /// Of the remote peers, those reached by RDMA.
+    pub rdma_peers: u32,
+    /// 0.
+    pub reserved1: u32,
 }
 
 /// `ffr_buf`.

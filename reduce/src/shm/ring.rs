@@ -5,7 +5,7 @@
 //! the writer's, the writer the reader's, before use.
 
 use super::segment::{RING_BYTES, Segment};
-use crate::link::{Completion, HEADER_BYTES, Incoming, Link, LinkError};
+use firefly_net::{Channel, ChannelCounters, ChannelError, Completion, HEADER_BYTES, Incoming};
 use std::collections::VecDeque;
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
@@ -101,20 +101,20 @@ impl RingLink {
         }
     }
 
-    fn room(&self) -> Result<usize, LinkError> {
+    fn room(&self) -> Result<usize, ChannelError> {
         let tail = self.mine.ring_control(self.peer_local).tail.0.load(Ordering::Acquire);
         let used = self.head.wrapping_sub(tail);
         if used > RING_BYTES as u64 {
-            return Err(LinkError::Protocol("the peer's read position is impossible".into()));
+            return Err(ChannelError::Protocol("the peer's read position is impossible".into()));
         }
         Ok(RING_BYTES - used as usize)
     }
 
-    fn available(&self) -> Result<usize, LinkError> {
+    fn available(&self) -> Result<usize, ChannelError> {
         let head = self.theirs.ring_control(self.my_local).head.0.load(Ordering::Acquire);
         let available = head.wrapping_sub(self.tail);
         if available > RING_BYTES as u64 {
-            return Err(LinkError::Protocol("the peer's write position is impossible".into()));
+            return Err(ChannelError::Protocol("the peer's write position is impossible".into()));
         }
         Ok(available as usize)
     }
@@ -160,7 +160,7 @@ impl RingLink {
         self.tail += len as u64;
     }
 
-    fn push(&mut self, out: &mut Vec<Completion>) -> Result<bool, LinkError> {
+    fn push(&mut self, out: &mut Vec<Completion>) -> Result<bool, ChannelError> {
         let mut moved = false;
         while let Some(mut item) = self.queue.pop_front() {
             let payload_end = HEADER_BYTES + item.len;
@@ -209,7 +209,7 @@ impl RingLink {
         Ok(moved)
     }
 
-    fn pull(&mut self, out: &mut Vec<Completion>) -> Result<bool, LinkError> {
+    fn pull(&mut self, out: &mut Vec<Completion>) -> Result<bool, ChannelError> {
         let Some(mut landing) = self.landing.take() else { return Ok(false) };
         let end = landing.len.next_multiple_of(HEADER_BYTES);
         let mut moved = false;
@@ -243,21 +243,21 @@ impl RingLink {
     }
 }
 
-impl Link for RingLink {
+impl Channel for RingLink {
     unsafe fn post_send(
         &mut self,
         token: u64,
         header: &[u8; HEADER_BYTES],
         ptr: *const u8,
         len: usize,
-    ) -> Result<(), LinkError> {
+    ) -> Result<(), ChannelError> {
         let mut header = *header;
         header[HEADER_BYTES - 8..].copy_from_slice(&(len as u64).to_le_bytes());
         self.queue.push_back(Outgoing { token, header, ptr, len, written: 0 });
         Ok(())
     }
 
-    fn peek(&mut self) -> Result<Option<Incoming>, LinkError> {
+    fn peek(&mut self) -> Result<Option<Incoming>, ChannelError> {
         if self.landing.is_some() {
             return Ok(None);
         }
@@ -269,7 +269,7 @@ impl Link for RingLink {
             len.copy_from_slice(&header[HEADER_BYTES - 8..]);
             let len = u64::from_le_bytes(len);
             if len > MOST_BYTES {
-                return Err(LinkError::Protocol(format!("the peer announced a message of {len} bytes")));
+                return Err(ChannelError::Protocol(format!("the peer announced a message of {len} bytes")));
             }
             header[HEADER_BYTES - 8..].fill(0);
             self.peeked = Some(Incoming { header, len: len as usize });
@@ -277,30 +277,32 @@ impl Link for RingLink {
         Ok(self.peeked)
     }
 
-    unsafe fn post_recv(&mut self, token: u64, ptr: *mut u8, len: usize) -> Result<(), LinkError> {
+    unsafe fn post_recv(&mut self, token: u64, ptr: *mut u8, len: usize) -> Result<(), ChannelError> {
         match self.peeked.take() {
             Some(incoming) if incoming.len == len => {
                 self.landing = Some(Landing { token, ptr, len, read: 0 });
                 Ok(())
             }
-            _ => Err(LinkError::Protocol("a receive was posted for no peeked message of its length".into())),
+            _ => {
+                Err(ChannelError::Protocol("a receive was posted for no peeked message of its length".into()))
+            }
         }
     }
 
-    fn progress(&mut self, out: &mut Vec<Completion>) -> Result<bool, LinkError> {
+    fn progress(&mut self, out: &mut Vec<Completion>) -> Result<bool, ChannelError> {
         let pushed = self.push(out)?;
         Ok(self.pull(out)? || pushed)
     }
 
-    fn poll_fd(&self) -> Option<(RawFd, bool)> {
-        None
+    fn poll_fds(&self, _out: &mut Vec<(RawFd, bool)>) {
+        // The peer rings the doorbell instead.
     }
 
-    fn bytes_sent(&self) -> u64 {
-        self.sent
+    fn counters(&self) -> ChannelCounters {
+        ChannelCounters { bytes_sent: self.sent, bytes_received: self.received, ..Default::default() }
     }
 
-    fn bytes_received(&self) -> u64 {
-        self.received
+    fn transport(&self) -> &'static str {
+        "shm"
     }
 }

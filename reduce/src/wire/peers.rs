@@ -3,8 +3,8 @@
 use super::{InFlight, Peer, Wire, control};
 use crate::ReduceError;
 use crate::header::{Descriptor, Header, MessageKind};
-use crate::link::{Completion, LinkError};
 use crate::wire::NOTICE_BYTES;
+use firefly_net::{ChannelError, Completion};
 use std::time::{Duration, Instant};
 
 /// How long a failing group holds its links for its notice to leave.
@@ -139,32 +139,64 @@ impl Wire {
 
     /// Descriptors to poll: (descriptor, wants writing).
     pub(crate) fn poll_fds(&self) -> impl Iterator<Item = (std::os::fd::RawFd, bool)> + '_ {
-        self.peers
-            .iter()
-            .flatten()
-            .filter(|p| !matches!(p.standing, Standing::Lost(_)))
-            .filter_map(|p| p.link.poll_fd())
+        self.peers.iter().flatten().filter(|p| !matches!(p.standing, Standing::Lost(_))).flat_map(|p| {
+            let mut fds = Vec::new();
+            p.link.poll_fds(&mut fds);
+            fds
+        })
     }
 
-    /// (sent, received) through shared memory rings, (sent, received) through the network.
-    pub(crate) fn bytes(&self) -> ((u64, u64), (u64, u64)) {
-        let mut sums = ((0, 0), (0, 0));
+    /// What the links have carried, by transport.
+    pub(crate) fn carried(&self) -> Carried {
+        let mut sums = Carried::default();
         for peer in self.peers.iter().flatten() {
-            let sum = if peer.local { &mut sums.0 } else { &mut sums.1 };
-            sum.0 += peer.link.bytes_sent();
-            sum.1 += peer.link.bytes_received();
+            let counters = peer.link.counters();
+            let sum = match peer.link.transport() {
+                "shm" => &mut sums.shm,
+                "rdma" => {
+                    sums.rdma_peers += 1;
+                    &mut sums.rdma
+                }
+                _ => &mut sums.tcp,
+            };
+            sum.0 += counters.bytes_sent;
+            sum.1 += counters.bytes_received;
+            sums.copied += counters.bytes_copied;
         }
         sums
     }
+
+    /// How `rank` is reached. `None` for this rank itself.
+    pub(crate) fn reach(&self, rank: u32) -> Option<Reach> {
+        let link = &self.peers.get(rank as usize)?.as_ref()?.link;
+        Some(Reach { transport: link.transport(), why_not_rdma: link.why_not_rdma().map(str::to_owned) })
+    }
+}
+
+/// How another rank is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reach {
+    /// "shm" (the same node), "rdma" or "tcp".
+    pub transport: &'static str,
+    /// Why a rank of another node is not reached by RDMA, if it is not.
+    pub why_not_rdma: Option<String>,
+}
+
+/// Bytes sent and received, by transport.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Carried {
+    pub(crate) shm: (u64, u64),
+    pub(crate) tcp: (u64, u64),
+    pub(crate) rdma: (u64, u64),
+    pub(crate) rdma_peers: u32,
+    /// Payload bytes copied in user space on their way through the network.
+    pub(crate) copied: u64,
 }
 
 /// The link has ended.
-pub(super) fn lose(peer: &mut Peer, error: LinkError) {
-    let what = match error {
-        LinkError::Closed(what) | LinkError::Protocol(what) => what,
-    };
+pub(super) fn lose(peer: &mut Peer, error: ChannelError) {
     if peer.standing == Standing::Present {
-        peer.standing = Standing::Lost(what);
+        peer.standing = Standing::Lost(error.to_string());
         peer.lost_at = Some(Instant::now());
     }
 }

@@ -44,12 +44,12 @@ pub(crate) use connect::Draft;
 pub(crate) use rx::VerbsRx;
 pub(crate) use tx::VerbsTx;
 
-use super::{Counters, LinkOptions, Window};
+use super::{Counters, LinkOptions, Permit, Window};
 use crate::buf::{Buf, BufMut, Heads};
 use crate::error::LinkError;
 use crate::link::tcp::Pulse;
-use crate::verbs::queue::WindowAccess;
-use crate::verbs::queue::{Piece, piece};
+use crate::rpc::frame::FrameKind;
+use crate::verbs::queue::{Piece, WindowAccess, piece};
 use crate::verbs::slab::Slab;
 use crate::verbs::{Completion, Device, Done, MemoryWindow, Op, Queue, Rail, Request};
 use credits::Credits;
@@ -61,7 +61,7 @@ use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
-use tokio::sync::{Notify, OwnedSemaphorePermit, oneshot};
+use tokio::sync::{Notify, oneshot};
 use tokio_util::sync::CancellationToken;
 use wire::{Kind, PART_HEADER};
 
@@ -105,7 +105,7 @@ enum Work {
 struct Posted {
     id: u64,
     work: Work,
-    _permit: Option<OwnedSemaphorePermit>,
+    _permit: Option<Permit>,
 }
 
 struct State {
@@ -485,13 +485,18 @@ impl Shared {
     }
 }
 
+/// Whether a message of this kind is the last of its call, after which the peer's rights end.
+fn ends_call(kind: FrameKind) -> bool {
+    matches!(kind, FrameKind::Reply | FrameKind::Error)
+}
+
 /// How a request is posted.
 #[derive(Default)]
 struct How {
     signaled: bool,
     inline: bool,
     /// Held until it has completed.
-    permit: Option<OwnedSemaphorePermit>,
+    permit: Option<Permit>,
     /// The peer's window that a SEND sets free.
     invalidate: Option<u32>,
 }

@@ -5,7 +5,7 @@ use super::wire::MESSAGE_HEADER;
 use super::*;
 use crate::buf::BufPool;
 use crate::link::contract::link_contract;
-use crate::link::{LinkRx, LinkTx, Outgoing, Register};
+use crate::link::{LinkRx, LinkTx, Outgoing};
 use crate::rpc::frame::{FrameKind, Header};
 use crate::rpc::tests::rpc_contract;
 use crate::verbs::negotiate::Place;
@@ -128,6 +128,7 @@ async fn a_cancelled_pull_leaves_its_buffer_with_the_link() {
         head_len: 0,
         payload_len: payload.len() as u32,
         aux: 0,
+        ask: false,
     };
     let message =
         Outgoing { header, head: Bytes::new(), payload: Some(payload.clone()), window: None, permit: None };
@@ -153,8 +154,15 @@ async fn a_window_that_is_not_the_peers_is_refused_by_the_device() {
     let (mut ct, mut cr) = client;
     let (_st, mut sr) = server;
     let payload = pool.try_alloc(4096).unwrap().freeze();
-    let header =
-        Header { kind: FrameKind::Request, call: 1, method: 1, head_len: 0, payload_len: 4096, aux: 0 };
+    let header = Header {
+        kind: FrameKind::Request,
+        call: 1,
+        method: 1,
+        head_len: 0,
+        payload_len: 4096,
+        aux: 0,
+        ask: false,
+    };
     let message = Outgoing { header, head: Bytes::new(), payload: Some(payload), window: None, permit: None };
     ct.send(&mut VecDeque::from([message])).await.unwrap();
     let mut got = sr.recv().await.unwrap();
@@ -178,13 +186,15 @@ fn an_unknown_device_is_a_precise_error() {
 
 fn request(call: u64, payload: Option<Buf>, window: Option<Window>) -> Outgoing {
     let payload_len = payload.as_ref().map_or(0, |p| p.len()) as u32;
-    let header = Header { kind: FrameKind::Request, call, method: 1, head_len: 4, payload_len, aux: 0 };
+    let header =
+        Header { kind: FrameKind::Request, call, method: 1, head_len: 4, payload_len, aux: 0, ask: false };
     Outgoing { header, head: Bytes::from_static(b"head"), payload, window, permit: None }
 }
 
 fn reply(call: u64, payload: Option<Buf>, window: Option<Window>) -> Outgoing {
     let payload_len = payload.as_ref().map_or(0, |p| p.len()) as u32;
-    let header = Header { kind: FrameKind::Reply, call, method: 0, head_len: 4, payload_len, aux: 0 };
+    let header =
+        Header { kind: FrameKind::Reply, call, method: 0, head_len: 4, payload_len, aux: 0, ask: false };
     Outgoing { header, head: Bytes::from_static(b"head"), payload, window, permit: None }
 }
 

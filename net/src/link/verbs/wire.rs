@@ -119,7 +119,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn header(payload_len: u32) -> Header {
-        Header { kind: FrameKind::Request, call: 7, method: 1, head_len: 3, payload_len, aux: 0 }
+        Header { kind: FrameKind::Request, call: 7, method: 1, head_len: 3, payload_len, aux: 0, ask: false }
     }
 
     #[test]
