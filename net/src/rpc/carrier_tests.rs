@@ -180,6 +180,78 @@ async fn a_port_that_goes_down_is_left_and_used_again_when_it_is_up() {
     server.stop().await;
 }
 
+/// Two rails share the calls; when one goes down in mid-transfer its calls go another way, and when it
+/// is up again it gets its share again. A third device on a veth pair of its own is made for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs RDMA devices: tests/rdma-vm/run.sh"]
+async fn two_rails_share_the_load_and_stand_in_for_each_other() {
+    let (a, _) = devices();
+    run("ip", "link add e0 type veth peer name e1");
+    for dev in ["e0", "e1"] {
+        run("ip", &format!("link set {dev} mtu 4200 up"));
+    }
+    run("ip", "addr add 10.2.0.1/24 dev e0");
+    run("rdma", "link add rxe9 type rxe netdev e0");
+    let both = || {
+        let options = NetOptions { devices: vec![a.clone(), "rxe9".into()], ..Default::default() };
+        Fabric::open(options).unwrap()
+    };
+    let (ours, theirs) = (both(), both());
+    until("both rails are up and have their addresses", || {
+        let ready = |rail: &Arc<Rail>| rail.refresh().is_ok_and(|p| p.gid.address().is_ipv4());
+        ours.rails().iter().all(ready) && theirs.rails().iter().all(ready)
+    })
+    .await;
+    let server = server(home(), TestService::new(), theirs.clone());
+    let client = client(ours.clone());
+    let moved = |rail: usize| ours.report().rails[rail].work.bytes + theirs.report().rails[rail].work.bytes;
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let done = Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let workers: Vec<_> = (0..6)
+        .map(|_| {
+            let (client, peer) = (client.clone(), server.peer.clone());
+            let (stop, done) = (stop.clone(), done.clone());
+            tokio::spawn(async move {
+                let mut lost = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    match echo(&client, &peer, 1 << 20).await {
+                        Ok(()) => done.fetch_add(1, Ordering::Relaxed),
+                        // As a service does that repeats with the same request id.
+                        Err(e) if e.kind() == ErrorKind::Disconnected => {
+                            lost += 1;
+                            0
+                        }
+                        Err(e) => panic!("{e}"),
+                    };
+                }
+                lost
+            })
+        })
+        .collect();
+    let mib = 1 << 20;
+    until("both rails carry calls", || moved(0) > 8 * mib && moved(1) > 8 * mib).await;
+    run("ip", "link set e1 down");
+    until("its rail is down", || ours.rails()[1].port().is_err()).await;
+    let (before, calls) = (moved(0), done.load(Ordering::Relaxed));
+    until("the other rail carries on", || moved(0) > before + 8 * mib).await;
+    assert!(done.load(Ordering::Relaxed) > calls);
+    let why = client.peers()[0].why_not_rdma.clone();
+    assert!(why.as_ref().is_some_and(|why| why.contains("rxe9")), "{why:?}");
+    run("ip", "link set e1 up");
+    until("it is up again", || ours.rails()[1].port().is_ok() && theirs.rails()[1].port().is_ok()).await;
+    let before = moved(1);
+    until("it carries calls again", || moved(1) > before + 8 * mib).await;
+    stop.store(true, Ordering::Relaxed);
+    let mut lost = 0;
+    for worker in workers {
+        lost += tokio::time::timeout(LONG, worker).await.expect("no call hangs").unwrap();
+    }
+    println!("{} calls, {lost} of them cut off by the link that went down", done.load(Ordering::Relaxed));
+    drop(client);
+    server.stop().await;
+    // The device stays: its removal would wait for everybody who has it open.
+}
+
 /// The late answer of a call that timed out: its WRITE comes when the pool would love to hand the
 /// memory to somebody else.
 #[tokio::test]

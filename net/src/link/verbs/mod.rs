@@ -48,8 +48,8 @@ use super::{Counters, LinkOptions, Permit, Window};
 use crate::buf::{Buf, BufMut, Heads};
 use crate::error::LinkError;
 use crate::link::tcp::Pulse;
-use crate::verbs::queue::WindowAccess;
-use crate::verbs::queue::{Piece, piece};
+use crate::rpc::frame::FrameKind;
+use crate::verbs::queue::{Piece, WindowAccess, piece};
 use crate::verbs::slab::Slab;
 use crate::verbs::{Completion, Device, Done, MemoryWindow, Op, Queue, Rail, Request};
 use credits::Credits;
@@ -483,6 +483,11 @@ impl Shared {
             self.gone.cancel();
         }
     }
+}
+
+/// Whether a message of this kind is the last of its call, after which the peer's rights end.
+fn ends_call(kind: FrameKind) -> bool {
+    matches!(kind, FrameKind::Reply | FrameKind::Error)
 }
 
 /// How a request is posted.

@@ -1,11 +1,10 @@
 //! The receiving half: messages put together from their parts, payloads pulled.
 
 use super::wire::{self, MESSAGE_HEADER, PART_HEADER};
-use super::{Half, How, SLOWEST, Shared, Work};
+use super::{Half, How, SLOWEST, Shared, Work, ends_call};
 use crate::buf::{BufMut, HeadRoom};
 use crate::error::LinkError;
 use crate::link::{Incoming, LinkRx};
-use crate::rpc::frame::FrameKind;
 use crate::verbs::queue::piece;
 use crate::verbs::{Op, Remote};
 use bytes::Bytes;
@@ -67,7 +66,7 @@ impl LinkRx for VerbsRx {
             return Err(LinkError::Protocol("a message is longer than its header says".into()));
         }
         let shared = self.half.0.clone();
-        if header.kind != FrameKind::Request {
+        if ends_call(header.kind) {
             shared.end_call(header.call).await?;
         } else if let Some(source) = source {
             let mut state = shared.lock();

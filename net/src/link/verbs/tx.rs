@@ -1,7 +1,7 @@
 //! The sending half: a request names its memory and is sent, a reply pushes its payload first.
 
 use super::wire::{self, Kind, MESSAGE_HEADER, PART_HEADER};
-use super::{Half, How, SLOT, Shared, Work};
+use super::{Half, How, SLOT, Shared, Work, ends_call};
 use crate::buf::BufMut;
 use crate::error::LinkError;
 use crate::link::{LinkTx, Outgoing, Register, Window};
@@ -38,6 +38,7 @@ impl VerbsTx {
         let Some(message) = batch.front_mut() else { return Ok(true) };
         let shared = &self.half.0;
         let request = message.header.kind == FrameKind::Request;
+        let answer = ends_call(message.header.kind);
         let payload = message.payload.as_ref().filter(|p| !p.is_empty());
         // Outside of the lock: the first use of a block registers it.
         let keys = payload.map(|p| shared.device().keys_of(p)).transpose()?;
@@ -46,7 +47,7 @@ impl VerbsTx {
         if state.over.is_some() {
             return Err(shared.ended(&state));
         }
-        if let (false, false, Some((payload, keys))) = (request, self.pushed, payload) {
+        if let (true, false, Some((payload, keys))) = (answer, self.pushed, payload) {
             // A reply's payload goes into the caller's window. The SEND that follows on the same
             // queue pair arrives after it.
             let Some(window) = message.window.filter(|w| w.len as usize >= payload.len()) else {
@@ -95,8 +96,8 @@ impl VerbsTx {
                 &message.head[self.begun.saturating_sub(MESSAGE_HEADER)..end.saturating_sub(MESSAGE_HEADER)];
             let last = end == total;
             let permit = if last { message.permit.take() } else { None };
-            let mut how = How { signaled: last && !request, permit, ..How::default() };
-            if last && !request && state.invalidate_theirs {
+            let mut how = How { signaled: last && answer, permit, ..How::default() };
+            if last && answer && state.invalidate_theirs {
                 // The answer takes back a right that the call gave; the client takes back the other
                 // one, if there are two.
                 let source = state.sources.remove(&message.header.call);
