@@ -1,7 +1,7 @@
 #: about net's link, RPC and channel tests over verbs, once more with delay and loss
 #: topology veth
 #: needs net
-#: limit 120
+#: limit 240
 #: fast yes
 export FIREFLY_RDMA_DEVICES=rxe0,rxe1 FIREFLY_VERBS_LAYOUT=$SHARE/bin/layout.txt
 ibv_devices
