@@ -198,7 +198,7 @@ fn messages_arrive_in_order_in_posted_memory(pair: Pair) {
 }
 
 fn both_sides_may_send_more_than_the_path_holds(pair: Pair) {
-    let big = || (0..3).map(|i| vec![i; 12 << 20]).collect::<Vec<_>>();
+    let big = || (0..3).map(|i| vec![i; 8 << 20]).collect::<Vec<_>>();
     let (left, right) = exchange(pair, big(), big());
     assert!(left.received == big() && right.received == big());
 }
@@ -322,7 +322,7 @@ fn half_way(
     (left, mut right): Pair,
     regions: Option<&Fabric>,
 ) -> (Rank, Box<dyn Channel>, Vec<u8>, Option<Region>) {
-    let mut left = Rank::new(left, vec![vec![9; 48 << 20]]);
+    let mut left = Rank::new(left, vec![vec![9; 20 << 20]]);
     let next = loop {
         left.step().unwrap();
         right.progress(&mut Vec::new()).unwrap();
