@@ -75,6 +75,14 @@ rdma: setup-run ## fs3 and collectives over real verbs, in virtual machines with
 	tests/rdma-vm/selftest.sh
 	tests/rdma-vm/run.sh
 
+.PHONY: torch-suite
+torch-suite: torch release python ## torch's own distributed tests on ffreduce, at 2, 3 and 4 ranks, twice
+	$(PYTHON) python/suite/torch_suite.py $(ARGS)
+
+.PHONY: kill-matrix
+kill-matrix: setup-build ## Deaths and stops of ranks before, in and after every collective: all of them
+	FIREFLY_KILL_MATRIX=all cargo test --release -p firefly-reduce --test kill_matrix -- --nocapture
+
 .PHONY: test-all
 test-all: test sim rdma ## The long runs too
 

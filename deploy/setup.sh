@@ -94,12 +94,12 @@ for part in "$@"; do
                 say "making a Python environment in .venv"
                 "$python" -m venv .venv
             fi
-            if ! .venv/bin/python -c 'import torch, numpy, sklearn, pytest, ninja, setuptools, wheel' 2>/dev/null; then
+            if ! .venv/bin/python -c 'import torch, numpy, sklearn, pytest, ninja, expecttest, setuptools, wheel' 2>/dev/null; then
                 free=$(df --output=avail -BG . | tail -n 1 | tr -dc 0-9)
                 [ "$free" -ge 10 ] || die "torch needs about 9 GB of disk while it installs and ${free} GB are free here"
                 say "fetching torch and friends into .venv: about 3 GB, 2 to 5 minutes, once"
                 .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-                    torch numpy scikit-learn pytest ninja setuptools wheel
+                    torch numpy scikit-learn pytest ninja expecttest setuptools wheel
             fi
             ;;
         *) die "unknown part: $part" ;;

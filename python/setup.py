@@ -1,4 +1,4 @@
-"""Builds the native part: compiles csrc/backend.cpp against the installed torch and bundles libffreduce.so.
+"""Builds the native part: compiles csrc/module.cpp against the installed torch and bundles libffreduce.so.
 
 Environment:
     FIREFLY_LIB_DIR   folder that holds libffreduce.so; without it cargo builds the library
@@ -88,13 +88,13 @@ class BuildShim(build_ext):
             # The Python headers and torch's are not ours to warn about.
             *[f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"],
             *[f"-isystem{sysconfig.get_path('include')}", f"-I{header}"],
-            *["-DTORCH_EXTENSION_NAME=_C", "-fvisibility=hidden", str(HERE / "csrc" / "backend.cpp")],
+            *["-DTORCH_EXTENSION_NAME=_C", "-fvisibility=hidden", str(HERE / "csrc" / "module.cpp")],
             *["-o", str(output)],
             *[f"-L{root / 'lib'}", f"-L{bundled.parent}", "-lffreduce"],
             *["-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"],
             "-Wl,-rpath,$ORIGIN",
         ]
-        inputs = [HERE / "csrc" / "backend.cpp", header / "ffreduce.h"]
+        inputs = [*sorted((HERE / "csrc").iterdir()), header / "ffreduce.h"]
         stamp = Path(self.build_temp) / "shim.json"
         state = {"command": command, "torch": torch, "inputs": {str(p): p.read_text() for p in inputs}}
         if output.exists() and stamp.exists() and json.loads(stamp.read_text()) == state:
@@ -108,6 +108,6 @@ class BuildShim(build_ext):
 
 
 setup(
-    ext_modules=[Extension("firefly._C", ["csrc/backend.cpp"])],
+    ext_modules=[Extension("firefly._C", ["csrc/module.cpp"])],
     cmdclass={"build_ext": BuildShim},
 )

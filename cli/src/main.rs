@@ -1,7 +1,7 @@
 //! `ff`: the command line of Firefly.
 
 use clap::{CommandFactory, Parser, Subcommand};
-use firefly_cli::cmd::{fs, job, node, quickstart, run, status, up};
+use firefly_cli::cmd::{fs, job, node, quickstart, reduce, run, status, up};
 use firefly_cli::context::{Global, Usage};
 use firefly_cli::{native_train, serve};
 use std::process::ExitCode;
@@ -29,6 +29,9 @@ enum Command {
     #[command(subcommand)]
     Fs(fs::FsCommand),
     Run(run::RunArgs),
+    /// Look at how ranks reach each other
+    #[command(subcommand)]
+    Reduce(reduce::ReduceCommand),
     /// Submit, watch and stop jobs
     #[command(subcommand)]
     Job(job::JobCommand),
@@ -77,6 +80,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     // Before any thread exists: the shim forks.
     match cli.command {
         Command::Shim { arguments } => firefly_agent::shim_main(arguments),
+        // Ranks block; they need no runtime.
+        Command::Reduce(command) => reduce::run(&command, &cli.global),
         Command::NativeTrain(args) => {
             native_train::run(&args)?;
             Ok(ExitCode::SUCCESS)
@@ -120,7 +125,11 @@ async fn run_async(command: Command, global: &Global) -> anyhow::Result<ExitCode
         Command::Run(args) => return run::run(args, global).await,
         Command::Job(command) => job::run(command, global).await?,
         Command::Node(command) => node::run(command, global).await?,
-        Command::Completion { .. } | Command::Man { .. } | Command::Shim { .. } | Command::NativeTrain(_) => {
+        Command::Completion { .. }
+        | Command::Man { .. }
+        | Command::Shim { .. }
+        | Command::Reduce(_)
+        | Command::NativeTrain(_) => {
             unreachable!("handled before the runtime starts")
         }
     }

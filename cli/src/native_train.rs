@@ -224,12 +224,6 @@ fn train(args: &NativeTrainArgs, comm: &mut Communicator) -> Result<()> {
     comm.barrier()?;
     if rank == 0 {
         let stats = comm.stats();
-        let transport = match (stats.local_peers, stats.remote_peers) {
-            (0, 0) => "none",
-            (0, _) => "tcp",
-            (_, 0) => "shm",
-            _ => "shm+tcp",
-        };
         let result = TrainResult {
             accuracy: model.accuracy(&held_out),
             steps: u64::from(args.epochs) * steps_per_epoch as u64,
@@ -237,7 +231,7 @@ fn train(args: &NativeTrainArgs, comm: &mut Communicator) -> Result<()> {
             allreduce_calls: calls,
             allreduce_bytes: bytes,
             allreduce_seconds: in_allreduce.as_secs_f64(),
-            transport: transport.to_owned(),
+            transport: stats.transport(),
         };
         println!("{}", serde_json::to_string(&result)?);
     }

@@ -131,6 +131,12 @@ pub enum HandshakeError {
     /// What the sides said about their RDMA devices makes no sense.
     #[error("the negotiation of RDMA went wrong: {0}")]
     Negotiation(String),
+    /// The server asks for TLS and this side did not use it.
+    #[error("the server uses TLS and this side does not; set `tls` alike on both")]
+    TlsWanted,
+    /// TLS was not agreed on.
+    #[error("TLS failed: {0}")]
+    Tls(String),
     /// Took too long.
     #[error("the handshake did not finish in time")]
     TimedOut,

@@ -110,6 +110,7 @@ enum Status {
     WrongSecret = 4,
     Full = 5,
     Malformed = 6,
+    TlsWanted = 7,
 }
 
 impl Status {
@@ -121,6 +122,7 @@ impl Status {
             3 => Status::WrongPurpose,
             4 => Status::WrongSecret,
             5 => Status::Full,
+            7 => Status::TlsWanted,
             // A reason of a newer server is some refusal to this one.
             _ => Status::Malformed,
         }
@@ -213,6 +215,7 @@ impl Initiator {
             Status::WrongPurpose => HandshakeError::WrongPurpose,
             Status::WrongSecret => HandshakeError::WrongSecret,
             Status::Full => HandshakeError::Full,
+            Status::TlsWanted => HandshakeError::TlsWanted,
             Status::Ok | Status::Malformed => HandshakeError::Malformed("the server says so"),
         }
     }
@@ -269,18 +272,24 @@ pub(crate) struct Responder {
     transcript: Vec<u8>,
     version: u16,
     challenged: bool,
-    full: bool,
+    /// Turns away whoever comes, for this reason.
+    away: Option<Status>,
 }
 
 impl Responder {
     /// Starts; reads first.
     pub(crate) fn new(terms: Terms, nonce: [u8; NONCE]) -> Responder {
-        Responder { terms, nonce, transcript: Vec::new(), version: 0, challenged: false, full: false }
+        Responder { terms, nonce, transcript: Vec::new(), version: 0, challenged: false, away: None }
     }
 
     /// Turns away whoever comes, with the reason that there is no room.
     pub(crate) fn full(terms: Terms) -> Responder {
-        Responder { full: true, ..Responder::new(terms, [0; NONCE]) }
+        Responder { away: Some(Status::Full), ..Responder::new(terms, [0; NONCE]) }
+    }
+
+    /// Turns away whoever comes without TLS.
+    pub(crate) fn tls_wanted(terms: Terms) -> Responder {
+        Responder { away: Some(Status::TlsWanted), ..Responder::new(terms, [0; NONCE]) }
     }
 
     /// Bytes of the next message to read.
@@ -325,8 +334,10 @@ impl Responder {
             let error = HandshakeError::Version { client_min, client_max, server_min, server_max };
             return refuse(self, Status::Version, error);
         }
-        if self.full {
-            return refuse(self, Status::Full, HandshakeError::Full);
+        match self.away {
+            None => {}
+            Some(Status::TlsWanted) => return refuse(self, Status::TlsWanted, HandshakeError::TlsWanted),
+            Some(status) => return refuse(self, status, HandshakeError::Full),
         }
         if reserved != 0 {
             return refuse(self, Status::Malformed, HandshakeError::Malformed("reserved bytes are not zero"));

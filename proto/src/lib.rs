@@ -9,6 +9,7 @@
 pub mod auth;
 pub mod dial;
 pub mod methods;
+pub mod process;
 pub mod status;
 
 /// Cluster manager of fs3.

@@ -1,11 +1,15 @@
 """The torch.distributed backend `ffreduce`: registration, names, counters."""
 
 import atexit
+import time
 import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from . import _environment
 
 NAME = "ffreduce"
 
@@ -34,6 +38,19 @@ def _native():
     return _C
 
 
+def _serving(group, native):
+    """The backend of ours that serves another device of this process group already, if there is one.
+
+    "cpu:gloo,cuda:nccl" asks for two backends by two names; where both are ours, one serves both, as
+    torch wants it of backends of one type."""
+    for device in getattr(group, "_device_types", ()):
+        backend = group._get_backend(device)
+        backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL
+        if isinstance(backend, native.FireflyBackend):
+            return backend
+    return None
+
+
 def _creator(name: str):
     def create(options, backend_options):
         if backend_options is not None:
@@ -43,12 +60,25 @@ def _creator(name: str):
             )
         if options.enable_reconfigure:
             raise NotImplementedError("ffreduce cannot reconfigure a group; make a new one instead")
+        _environment.warn_once()
         timeout = options.timeout
         if not isinstance(timeout, timedelta):
             timeout = timedelta(seconds=float(timeout))
-        return _native().FireflyBackend(
-            options.store, options.group_rank, options.group_size, timeout, name, options.group_id
-        )
+        started = time.monotonic()
+        native = _native()
+        backend = _serving(options.process_group, native)
+        if backend is not None:
+            return backend
+        if isinstance(options.split_from, native.FireflyBackend):
+            # The world is there already: the group is formed through it, and needs no store.
+            ranks = [int(rank) for rank in options.global_ranks_in_group]
+            backend = options.split_from._split(ranks, timeout, name, options.group_id)
+        else:
+            backend = native.FireflyBackend(
+                options.store, options.group_rank, options.group_size, timeout, name, options.group_id
+            )
+        _environment.announce(backend, name, options.group_id, time.monotonic() - started)
+        return backend
 
     return create
 
@@ -69,12 +99,14 @@ def install_as(*names: str) -> None:
         # As a custom backend, whatever the name: for the types GLOO and NCCL torch casts to its own
         # classes (DDP's logger) and makes device tensors (barrier).
         dist.Backend.register_backend(name, _creator(name), extended_api=True, devices=["cpu"])
+        # torch takes gloo for a backend that feeds the flight recorder by itself; this one does not.
+        getattr(distributed_c10d, "_FR_SELF_RECORDING_BACKENDS", set()).discard(name)
 
 
 def stats(group: dist.ProcessGroup | None = None) -> dict:
     """Counters of one group (default: all ranks) since it was made, on this rank.
 
-    transport                 "shm", "tcp", "shm+tcp" or "none" (a group of one)
+    transport                 "shm", "rdma", "tcp", several with "+" between, or "none" (a group of one)
     shm_bytes_*, tcp_bytes_*, rdma_bytes_*  bytes moved through shared memory, TCP and RDMA
     copied_bytes  payload bytes copied in user space on their way through the network
     reduced_bytes             input bytes that this rank has reduced
@@ -86,6 +118,7 @@ def stats(group: dist.ProcessGroup | None = None) -> dict:
     if group is None:
         raise ValueError("no process group: call torch.distributed.init_process_group first")
     backend = group._get_backend(torch.device("cpu"))
+    backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL
     if not isinstance(backend, _native().FireflyBackend):
         raise ValueError(f"the group's backend is {backend.name()!r}, not ffreduce, which alone has these counters")
     return backend.stats()

@@ -10,6 +10,7 @@ use crate::fork;
 use crate::group::Parts;
 use crate::local::{self, LocalPeer};
 use crate::network;
+use crate::options::Options;
 use crate::scratch::Scratch;
 use crate::shm::arena::Arena;
 use crate::shm::ring::{Doorbell, RingLink};
@@ -35,23 +36,26 @@ struct Card {
     /// Abstract name of its unix socket: random, so it is a nonce as well.
     socket: String,
     address: SocketAddr,
+    /// Rank 0's are the group's.
+    options: Options,
 }
 
 impl Card {
     fn encode(&self) -> Vec<u8> {
-        format!("ffr1\n{}\n{}\n{}", self.node, self.socket, self.address).into_bytes()
+        format!("ffr2\n{}\n{}\n{}\n{}", self.node, self.socket, self.address, self.options).into_bytes()
     }
 
     fn decode(bytes: &[u8]) -> Option<Self> {
         let text = std::str::from_utf8(bytes).ok()?;
-        let mut lines = text.splitn(4, '\n');
-        if lines.next()? != "ffr1" {
+        let mut lines = text.splitn(5, '\n');
+        if lines.next()? != "ffr2" {
             return None;
         }
         Some(Self {
             node: lines.next()?.to_owned(),
             socket: lines.next()?.to_owned(),
             address: lines.next()?.parse().ok()?,
+            options: lines.next()?.parse().ok()?,
         })
     }
 }
@@ -98,7 +102,9 @@ fn missing_ranks(
 /// Forms the group.
 pub(crate) fn form(config: &Config, store: &dyn Store) -> Result<Parts, ReduceError> {
     let now = Instant::now();
-    let deadline = now + config.timeout;
+    let limit = config.form_timeout.unwrap_or(config.timeout);
+    let deadline = now + limit;
+    let options = config.options.clone().map_or_else(Options::from_env, Ok)?;
     let (rank, size) = (config.rank, config.size);
     if size == 0 || size > MOST_RANKS || rank >= size {
         return Err(ReduceError::invalid(format!(
@@ -112,9 +118,8 @@ pub(crate) fn form(config: &Config, store: &dyn Store) -> Result<Parts, ReduceEr
     )
     .map_err(|e| ReduceError::system("eventfd", e))?;
     let group = hash64(&config.group);
-    let tag = group as u32 ^ (group >> 32) as u32;
     if size == 1 {
-        let wire = Wire::new(0, tag, vec![None], now);
+        let wire = Wire::new(0, 0, vec![None], now);
         let engine =
             Engine::new(names, wire, None, None, Vec::new(), Vec::new(), config.heartbeat_timeout, now);
         return Ok(Parts { engine, doorbell, timeout: config.timeout });
@@ -142,7 +147,7 @@ pub(crate) fn form(config: &Config, store: &dyn Store) -> Result<Parts, ReduceEr
     if node.contains('\n') {
         return Err(ReduceError::invalid("the node key must be one line"));
     }
-    let card = Card { node, socket, address: listener.local_addr() };
+    let card = Card { node, socket, address: listener.local_addr(), options };
     let card_key = |r: u32| key(&format!("r{r}"));
     store.set(&card_key(rank), &card.encode()).map_err(|e| fail(e.to_string()))?;
     let mut cards = Vec::with_capacity(size as usize);
@@ -156,8 +161,7 @@ pub(crate) fn form(config: &Config, store: &dyn Store) -> Result<Parts, ReduceEr
             Err(StoreError::Timeout { .. }) => {
                 let missing = missing_ranks(store, card_key, r..size);
                 return Err(fail(format!(
-                    "missing ranks after {:?}: {}",
-                    config.timeout,
+                    "missing ranks after {limit:?}: {}",
                     if missing.is_empty() { r.to_string() } else { missing.join(", ") }
                 )));
             }
@@ -165,6 +169,8 @@ pub(crate) fn form(config: &Config, store: &dyn Store) -> Result<Parts, ReduceEr
         }
     }
     check_own_card(&cards, rank, &card).map_err(&fail)?;
+    let tag = generation(&config.group, &cards);
+    let options = cards[0].options.clone();
 
     // The ranks of this node in rank order; a rank's index among them is its ring's.
     let local: Vec<u32> = (0..size).filter(|&r| cards[r as usize].node == card.node).collect();
@@ -203,7 +209,8 @@ pub(crate) fn form(config: &Config, store: &dyn Store) -> Result<Parts, ReduceEr
             }
             local_peers.push((peer, theirs));
         }
-        if local.len() == size as usize {
+        // Payloads that are to be checked take the links, which check them.
+        if local.len() == size as usize && !options.checksums {
             arena = Some(Arena::new(rank as usize, segments.into_iter().flatten().collect(), bells));
         }
         segment = Some(mine);
@@ -222,12 +229,22 @@ pub(crate) fn form(config: &Config, store: &dyn Store) -> Result<Parts, ReduceEr
         }
     }
     let now = Instant::now();
-    let wire = Wire::new(rank, tag, links, now);
+    let mut wire = Wire::new(rank, tag, links, now);
+    wire.checksums = options.checksums;
     let mut engine =
         Engine::new(names, wire, arena, segment, local_peers, watches, config.heartbeat_timeout, now);
     engine.liveness = config.liveness;
     engine.scratch = Scratch::new(regions);
     Ok(Parts { engine, doorbell, timeout: config.timeout })
+}
+
+/// Names one forming of a group in headers, hellos and segments. The cards hold random names, so what
+/// a rank of an earlier forming says is never taken for this one's.
+fn generation(group: &str, cards: &[Card]) -> u32 {
+    let all = cards.iter().fold(hash64(group), |h, card| {
+        card.encode().iter().fold(h, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+    });
+    all as u32 ^ (all >> 32) as u32
 }
 
 /// A card that is not the one just published means that another group uses the same keys.
@@ -322,10 +339,29 @@ mod tests {
             node: "host a/1".into(),
             socket: "firefly-reduce-00".into(),
             address: "127.0.0.1:80".parse().unwrap(),
+            options: Options::default(),
         };
         assert_eq!(Card::decode(&card.encode()), Some(card));
-        assert_eq!(Card::decode(b"ffr2\na\nb\n127.0.0.1:80"), None);
-        assert_eq!(Card::decode(b"ffr1\na\nb\nnowhere"), None);
+        assert_eq!(Card::decode(b"ffr1\na\nb\n127.0.0.1:80\n1 0 all_reduce direct max"), None);
+        assert!(Card::decode(b"ffr2\na\nb\n127.0.0.1:80\n1 0 all_reduce direct max").is_some());
+        assert_eq!(Card::decode(b"ffr2\na\nb\nnowhere\n1 0 all_reduce direct max"), None);
+    }
+
+    #[test]
+    fn each_forming_has_a_generation_of_its_own() {
+        let card = |socket: &str| Card {
+            node: "n".into(),
+            socket: socket.into(),
+            address: "127.0.0.1:80".parse().unwrap(),
+            options: Options::default(),
+        };
+        let first = generation("g", &[card("a"), card("b")]);
+        assert_eq!(first, generation("g", &[card("a"), card("b")]));
+        // The second rank has come back: what it said before is not of this group.
+        let second = generation("g", &[card("a"), card("c")]);
+        assert_ne!(first, second);
+        assert_eq!(read_hello(&hello(1, first), second), None);
+        assert_ne!(first, generation("h", &[card("a"), card("b")]));
     }
 
     #[test]

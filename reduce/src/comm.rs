@@ -3,8 +3,10 @@
 use crate::ReduceError;
 use crate::bootstrap;
 use crate::dtype::{DType, ReduceOp};
+use crate::environment::{bind_address_from_env, node_key_from_env};
 use crate::group::{Group, Stats, SubmitOptions};
 use crate::op::{Callback, OpState};
+use crate::options::Options;
 use crate::rendezvous::Rendezvous;
 use crate::request::{Operation, RawBuf, Request};
 use crate::store::Store;
@@ -28,6 +30,8 @@ pub struct Config {
     /// Of forming the group and, by default, of each operation. Default 10 minutes: long enough
     /// for a rank that writes a checkpoint, short enough not to waste a night.
     pub timeout: Duration,
+    /// Of forming the group alone; default: `timeout`.
+    pub form_timeout: Option<Duration>,
     /// Ranks with equal keys share memory; default `FIREFLY_NODE_ID`, else host name and boot.
     pub node_key: Option<String>,
     /// What the ranks share; default: rank 0 makes one and publishes it in the store.
@@ -44,6 +48,9 @@ pub struct Config {
     /// Silence of a remote rank's process that counts as death. Default 10 s: a busy host may
     /// starve a process for seconds; the death of a process itself is seen at once.
     pub heartbeat_timeout: Duration,
+    /// What all ranks must do alike; rank 0's count. Default: [`Options::from_env`], read when the
+    /// group is formed.
+    pub options: Option<Options>,
     /// Watch the peers' processes. Off only in tests that prove that the watch is what finds
     /// deaths.
     #[doc(hidden)]
@@ -58,6 +65,8 @@ impl Config {
             size,
             group: "default".into(),
             timeout: Duration::from_secs(600),
+            form_timeout: None,
+            options: None,
             node_key: None,
             secret: None,
             bind_address: None,
@@ -106,13 +115,14 @@ static FORMED: LazyLock<Mutex<HashMap<String, u64>>> = LazyLock::new(Mutex::defa
 /// One group, seen from this rank. Dropping it leaves the group in order.
 pub struct Communicator {
     group: Arc<Group>,
+    config: Config,
 }
 
 impl Communicator {
     /// Forms a group whose ranks meet through `store`. Blocks until all are there.
     pub fn create(config: &Config, store: &dyn Store) -> Result<Self, ReduceError> {
         let group = Group::start(bootstrap::form(config, store)?)?;
-        Ok(Self { group })
+        Ok(Self { group, config: config.clone() })
     }
 
     /// Forms a group whose ranks meet at rank 0.
@@ -128,14 +138,15 @@ impl Communicator {
             ClusterSecret::from_bytes([0; 32])
         });
         let address = format!("{}:{}", meeting.host, meeting.port);
-        let store = Rendezvous::join(&address, config.rank, &secret, config.timeout)
+        let limit = config.form_timeout.unwrap_or(config.timeout);
+        let store = Rendezvous::join(&address, config.rank, &secret, limit)
             .map_err(|e| ReduceError::bootstrap(format!("rank {}: {e}", config.rank)))?;
         Self::create(&config, &store)
     }
 
     /// Forms the group that the environment describes: `RANK`, `WORLD_SIZE`, `MASTER_ADDR`,
-    /// `MASTER_PORT`, `FIREFLY_NODE_ID`, `FIREFLY_BIND_ADDR`, `FIREFLY_JOB_SECRET`,
-    /// `FIREFLY_JOB_ID`, `FIREFLY_EPOCH`. Without `WORLD_SIZE` it is a group of one.
+    /// `MASTER_PORT`, `FIREFLY_NODE_ID`, `FIREFLY_BIND_ADDR` (see [`bind_address_from_env`]),
+    /// `FIREFLY_JOB_SECRET`, `FIREFLY_JOB_ID`, `FIREFLY_EPOCH`. Without `WORLD_SIZE` it is a group of one.
     pub fn from_env() -> Result<Self, ReduceError> {
         let number = |name: &str, default: u32| match std::env::var(name) {
             Err(_) => Ok(default),
@@ -154,8 +165,13 @@ impl Communicator {
         };
         config.group = format!("{job} group {count}");
         config.secret = secret_from_env()?;
-        config.bind_address = std::env::var("FIREFLY_BIND_ADDR").ok().filter(|a| !a.is_empty());
+        config.bind_address = bind_address_from_env()?;
+        config.node_key = node_key_from_env(config.rank);
         Self::meet(&config, &Meeting::from_env())
+    }
+
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
     }
 
     /// This rank.

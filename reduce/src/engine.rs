@@ -2,6 +2,7 @@
 //! holds it (the progress thread, or a thread that waits for an operation) moves everything.
 
 use crate::ReduceError;
+use crate::elastic;
 use crate::header::{Descriptor, MessageKind};
 use crate::kernels::Tier;
 use crate::op::OpState;
@@ -10,7 +11,9 @@ use crate::request::Plan;
 use crate::scratch::Scratch;
 use crate::shm::arena::Arena;
 use crate::shm::segment::Segment;
+use crate::status::{self, Page};
 use crate::wire::{Event, Standing, Wire};
+use firefly_types::{RankState, RankStatus};
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
@@ -102,6 +105,11 @@ pub(crate) struct Engine {
     last_tick: Instant,
     pub(crate) failure: Option<ReduceError>,
     reduced_bytes: u64,
+    /// Sequence numbers of the last collective issued, and completed here.
+    issued: u64,
+    completed: u64,
+    /// What others may read about this rank; `None` where it cannot be had, which hinders nothing.
+    page: Option<Page>,
 }
 
 impl Engine {
@@ -116,7 +124,7 @@ impl Engine {
         heartbeat_timeout: Duration,
         now: Instant,
     ) -> Self {
-        Self {
+        let mut engine = Self {
             names,
             wire: Some(wire),
             arena,
@@ -136,7 +144,14 @@ impl Engine {
             last_tick: now,
             failure: None,
             reduced_bytes: 0,
-        }
+            issued: 0,
+            completed: 0,
+            page: Page::create()
+                .inspect_err(|error| tracing::warn!(%error, "this rank has no status page"))
+                .ok(),
+        };
+        engine.publish(now);
+        engine
     }
 
     /// Operations under way.
@@ -166,6 +181,7 @@ impl Engine {
         match plan {
             Plan::Collective { descriptor, body } => {
                 let sequence = op.sequence;
+                self.issued = sequence;
                 let mut issued = wire.issue(sequence, descriptor);
                 if let Some(segment) = &self.segment {
                     segment.announce(sequence, &descriptor);
@@ -288,6 +304,7 @@ impl Engine {
                 break;
             }
             if let Some(done) = self.collectives.pop_front() {
+                self.completed = done.sequence;
                 self.finished.push((done.op, Ok(())));
             }
             self.scratch.trim();
@@ -307,6 +324,7 @@ impl Engine {
             return;
         }
         self.last_tick = now;
+        self.publish(now);
         if self.failure.is_some() {
             if self.lingering.as_ref().is_some_and(|(_, until)| now >= *until) {
                 self.lingering = None;
@@ -482,8 +500,16 @@ impl Engine {
         }
     }
 
-    /// Breaks the group: tells the peers, drops the links, ends every operation.
+    /// Breaks the group because of a fault, of which the error file tells.
     pub(crate) fn fail(&mut self, error: ReduceError) {
+        if self.failure.is_none() {
+            elastic::report(&self.names.us(), &error);
+        }
+        self.break_off(error);
+    }
+
+    /// Breaks the group: tells the peers, drops the links, ends every operation.
+    pub(crate) fn break_off(&mut self, error: ReduceError) {
         if self.failure.is_some() {
             return;
         }
@@ -517,6 +543,7 @@ impl Engine {
         // First the links: after this nobody touches the operations' memory any more.
         self.wire = None;
         self.failure = Some(error.clone());
+        self.publish(Instant::now());
         let us = self.names.us();
         for active in self.collectives.drain(..) {
             let context = format!("{us}: operation {} ({}) failed", active.sequence, active.descriptor);
@@ -537,7 +564,7 @@ impl Engine {
     pub(crate) fn part(&mut self) {
         if self.busy() {
             let detail = format!("{} was closed", self.names.us());
-            self.fail(ReduceError::Aborted { detail });
+            self.break_off(ReduceError::Aborted { detail });
         }
         if let Some(wire) = &mut self.wire {
             wire.tell_all(MessageKind::Bye, 0);
@@ -551,6 +578,46 @@ impl Engine {
             return now >= *until;
         }
         self.wire.as_ref().is_none_or(|w| w.bye_confirmed() && w.flushed())
+    }
+
+    /// Writes the status page.
+    fn publish(&mut self, now: Instant) {
+        let Some(page) = &mut self.page else { return };
+        let mut status = RankStatus {
+            pid: std::process::id(),
+            rank: self.names.rank,
+            size: self.names.size,
+            issued: self.issued,
+            completed: self.completed,
+            updated: status::boottime(),
+            group: self.names.group.clone(),
+            ..RankStatus::default()
+        };
+        if let Some(error) = &self.failure {
+            status.state = RankState::Failed;
+            status.failure = error.to_string();
+        }
+        if let Some(wire) = &self.wire {
+            let (shm, tcp) = wire.bytes();
+            let arena = self.arena.as_ref().map(|a| a.counted.get()).unwrap_or_default();
+            status.bytes_sent = shm.0 + tcp.0 + arena.staged;
+            status.bytes_received = shm.1 + tcp.1 + arena.read;
+            if let Some(front) = self.collectives.front() {
+                status.operation = front.descriptor.to_string();
+                let idle = front.began.map(|at| now.saturating_duration_since(at)).unwrap_or_default();
+                if idle >= TICK {
+                    status.stuck_since = status.updated.saturating_sub(idle.as_nanos() as u64);
+                    status.waiting_for = front.body.missing(wire, self.arena.as_ref(), front.sequence);
+                }
+            } else if let Some(oldest) = self.p2p.values().min_by_key(|p| p.submitted) {
+                status.operation = oldest.what.clone();
+                let idle = now.saturating_duration_since(oldest.submitted);
+                status.stuck_since = status.updated.saturating_sub(idle.as_nanos() as u64);
+                status.waiting_for = oldest.peer.into_iter().collect();
+            }
+            status.waiting_count = status.waiting_for.len() as u32;
+        }
+        page.write(&status);
     }
 
     /// What to poll besides the doorbell.

@@ -67,6 +67,22 @@ pub struct Stats {
     pub local_peers: u32,
     /// Ranks reached through the network.
     pub remote_peers: u32,
+    /// Of these, the ranks reached by RDMA.
+    pub rdma_peers: u32,
+}
+
+impl Stats {
+    /// What this rank reaches the others by: "shm", "rdma" and "tcp" as far as they are in use, with
+    /// "+" between; "none" in a group of one.
+    pub fn transport(&self) -> String {
+        let used = [
+            ("shm", self.local_peers > 0),
+            ("rdma", self.rdma_peers > 0),
+            ("tcp", self.remote_peers > self.rdma_peers),
+        ];
+        let used: Vec<&str> = used.into_iter().filter(|(_, used)| *used).map(|(name, _)| name).collect();
+        if used.is_empty() { "none".into() } else { used.join("+") }
+    }
 }
 
 struct Queue {
@@ -120,7 +136,7 @@ impl Group {
         let local = engine.local_peers.len() + 1;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let group = Arc::new(Self {
-            shape: Shape { rank: names.rank, size: names.size, one_node: !engine.has_remote_peers() },
+            shape: Shape { rank: names.rank, size: names.size, arena: engine.arena.is_some() },
             queue: Mutex::new(Queue { sequence: 0, items: VecDeque::new() }),
             segment: engine.segment.clone(),
             engine: Mutex::new(engine),
@@ -143,6 +159,7 @@ impl Group {
             .spawn(move || runner.run())
             .map_err(|e| ReduceError::system("starting the progress thread", e))?;
         *lock(&group.thread) = Some(thread);
+        crate::elastic::retract();
         Ok(group)
     }
 
@@ -358,17 +375,20 @@ impl Group {
             engine.accept(item);
         }
         let detail = format!("rank {} aborted the group: {reason}", self.names.rank);
-        engine.fail(ReduceError::Aborted { detail });
+        engine.break_off(ReduceError::Aborted { detail });
         self.deliver(engine);
         // Its sleep may be long, and it holds descriptors of a group that is gone.
         self.wake();
     }
 
     pub(crate) fn stats(&self) -> Stats {
-        let mut stats = *lock(&self.last_bytes);
-        if let Some(engine) = self.try_engine() {
-            stats = self.read_bytes(&engine, stats);
-        }
+        let mut stats = if self.forked() {
+            *lock(&self.last_bytes)
+        } else {
+            let engine = lock(&self.engine);
+            let last = *lock(&self.last_bytes);
+            self.read_bytes(&engine, last)
+        };
         stats.submitted = self.counts.submitted.load(Ordering::Relaxed);
         stats.completed = self.counts.completed.load(Ordering::Relaxed);
         stats.failed = self.counts.failed.load(Ordering::Relaxed);
@@ -385,7 +405,7 @@ impl Group {
 
     fn read_bytes(&self, engine: &Engine, mut stats: Stats) -> Stats {
         if let Some(wire) = &engine.wire {
-            let Carried { shm, tcp, rdma, copied } = wire.carried();
+            let Carried { shm, tcp, rdma, rdma_peers, copied } = wire.carried();
             let arena = engine.arena.as_ref().map(|a| a.counted.get()).unwrap_or_default();
             stats.shm_bytes_sent = shm.0 + arena.staged;
             stats.shm_bytes_received = shm.1 + arena.read;
@@ -394,6 +414,7 @@ impl Group {
             stats.rdma_bytes_sent = rdma.0;
             stats.rdma_bytes_received = rdma.1;
             stats.copied_bytes = copied;
+            stats.rdma_peers = rdma_peers;
             stats.reduced_bytes = engine.reduced_bytes();
             stats.local_peers = engine.local_peers.len() as u32;
             stats.remote_peers = self.names.size - 1 - stats.local_peers;

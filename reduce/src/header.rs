@@ -136,7 +136,7 @@ impl fmt::Display for Descriptor {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Header {
     pub(crate) kind: MessageKind,
-    /// Hash of the group's name: two groups never share a link, so a difference is a bug.
+    /// Which forming of which group: two never share a link, so a difference is a stray message.
     pub(crate) group: u32,
     /// Sequence number of the collective, or identifier of the send.
     pub(crate) sequence: u64,
@@ -147,6 +147,8 @@ pub(crate) struct Header {
     pub(crate) len: u64,
     /// Bits of the sender's premultiplication factor; for Failed: error code and dead rank.
     pub(crate) extra: u64,
+    /// CRC-32C of the payload, in groups that check payloads.
+    pub(crate) checksum: Option<u32>,
 }
 
 impl Header {
@@ -164,6 +166,10 @@ impl Header {
         out[32..40].copy_from_slice(&self.len.to_le_bytes());
         out[40..48].copy_from_slice(&self.extra.to_le_bytes());
         out[48..52].copy_from_slice(&self.descriptor.root.to_le_bytes());
+        if let Some(checksum) = self.checksum {
+            out[52..56].copy_from_slice(&checksum.to_le_bytes());
+            out[56] = 1;
+        }
         out
     }
 
@@ -188,6 +194,7 @@ impl Header {
             },
             len: u64_at(32),
             extra: u64_at(40),
+            checksum: (bytes[56] == 1).then(|| u32_at(52)),
         })
     }
 }
@@ -205,6 +212,7 @@ mod tests {
             descriptor: Descriptor { op: 0, dtype: 11, redop: 0, root: NO_ROOT, count: 1000 },
             len: 4000,
             extra: 0x3ff0_0000_0000_0000,
+            checksum: None,
         }
     }
 
@@ -218,6 +226,9 @@ mod tests {
              a00f000000000000000000000000f03fffffffff000000000000000000000000"
         );
         assert_eq!(Header::decode(&bytes), Some(sample()));
+        let checked = Header { checksum: Some(0x0a0b_0c0d), ..sample() };
+        assert_eq!(checked.encode()[52..57], [0x0d, 0x0c, 0x0b, 0x0a, 1]);
+        assert_eq!(Header::decode(&checked.encode()), Some(checked));
     }
 
     #[test]

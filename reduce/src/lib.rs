@@ -26,8 +26,12 @@
 
 mod bootstrap;
 mod comm;
+mod cutoffs;
+pub mod doctor;
 mod dtype;
+mod elastic;
 mod engine;
+mod environment;
 mod error;
 mod fork;
 mod group;
@@ -37,18 +41,24 @@ mod local;
 mod network;
 mod op;
 mod ops;
+mod options;
 mod rendezvous;
 mod request;
 mod scratch;
 mod shm;
+mod split;
+pub mod status;
 mod store;
 mod wire;
 
 pub use comm::{Communicator, Config, Handle, Meeting, Pending, Scalar, secret_from_env};
+pub use cutoffs::{Algorithm, Cutoffs};
 pub use dtype::{DType, ReduceOp};
+pub use environment::{bind_address_from_env, node_key_from_env};
 pub use error::ReduceError;
 pub use group::{Stats, SubmitOptions};
 pub use op::Callback;
+pub use options::Options;
 pub use rendezvous::Rendezvous;
 pub use request::{Operation, RawBuf, Request};
 pub use store::{MemoryStore, Store, StoreError};

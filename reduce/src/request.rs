@@ -1,6 +1,6 @@
 //! From what a caller asks to how it is carried out: checks, the operation's descriptor, and the
 //! choice of algorithm. All ranks choose alike, because the choice depends only on the
-//! descriptor, the group's size and whether the group lives on one node.
+//! descriptor and on what the group's forming has settled for all ranks.
 
 use crate::ReduceError;
 use crate::dtype::{DType, ReduceOp};
@@ -108,8 +108,8 @@ unsafe impl Send for Plan {}
 pub(crate) struct Shape {
     pub(crate) rank: u32,
     pub(crate) size: u32,
-    /// All ranks share memory.
-    pub(crate) one_node: bool,
+    /// All ranks share memory, and may use the staging slots.
+    pub(crate) arena: bool,
 }
 
 fn invalid(detail: String) -> ReduceError {
@@ -186,10 +186,10 @@ impl Request<'_> {
     /// Checks the request and chooses how to carry it out.
     pub(crate) fn plan(&self, shape: Shape) -> Result<Plan, ReduceError> {
         self.check_buffers()?;
-        let Shape { rank: me, size, one_node } = shape;
+        let Shape { rank: me, size, arena: slots } = shape;
         let dsize = self.dtype.size();
         let n = size as usize;
-        let arena = one_node && n > 1 && ArenaOp::fits(n);
+        let arena = slots && n > 1 && ArenaOp::fits(n);
         let others = || (0..size).filter(move |&r| r != me);
         let describe = |op: OpKind, redop: Option<ReduceOp>, root: Option<u32>, count: usize| Descriptor {
             op: op as u8,

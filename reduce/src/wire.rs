@@ -59,6 +59,13 @@ struct PostedRecv {
     len: usize,
 }
 
+/// A payload on its way in whose checksum is known.
+struct Expected {
+    ptr: *const u8,
+    len: usize,
+    checksum: u32,
+}
+
 /// What a link's token stands for.
 enum InFlight {
     Sent { sequence: u64 },
@@ -98,6 +105,10 @@ pub(crate) struct Wire {
     group: u32,
     peers: Vec<Option<Peer>>,
     in_flight: HashMap<(u32, u64), InFlight>,
+    /// Payloads are checked: senders add checksums.
+    pub(crate) checksums: bool,
+    /// By link and token, as `in_flight`.
+    expected: HashMap<(u32, u64), Expected>,
     next_token: u64,
     next_send_id: u64,
     issued: VecDeque<(u64, Descriptor)>,
@@ -123,7 +134,7 @@ fn guards(link: &dyn Channel) -> Vec<Guarded> {
 
 fn control(kind: MessageKind, group: u32, sequence: u64, part: u32) -> Header {
     let descriptor = Descriptor { op: 0, dtype: 0, redop: 0, root: 0, count: 0 };
-    Header { kind, group, sequence, part, descriptor, len: 0, extra: 0 }
+    Header { kind, group, sequence, part, descriptor, len: 0, extra: 0, checksum: None }
 }
 
 impl Wire {
@@ -162,6 +173,8 @@ impl Wire {
             group,
             peers,
             in_flight: HashMap::new(),
+            checksums: false,
+            expected: HashMap::new(),
             next_token: 0,
             next_send_id: 0,
             issued: VecDeque::new(),
@@ -223,6 +236,11 @@ impl Wire {
         let token = self.next_token;
         self.next_token += 1;
         self.in_flight.insert((rank, token), what);
+        let mut header = *header;
+        if self.checksums && len > 0 {
+            // SAFETY: ptr has len bytes, which nobody writes while the message is under way.
+            header.checksum = Some(crc32c::crc32c(unsafe { std::slice::from_raw_parts(ptr, len) }));
+        }
         let bytes = header.encode();
         let peer = self.peer(rank);
         // SAFETY: the memory is that of a submitted operation or of the InFlight entry, and stays
@@ -262,7 +280,9 @@ impl Wire {
             self.peer(peer).sends.insert((sequence, part), pending);
             return;
         };
-        let header = Header { kind, group: self.group, sequence, part, descriptor, len: len as u64, extra };
+        let len64 = len as u64;
+        let header =
+            Header { kind, group: self.group, sequence, part, descriptor, len: len64, extra, checksum: None };
         self.post(peer, &header, ptr, len, InFlight::Sent { sequence });
     }
 
@@ -517,6 +537,9 @@ impl Wire {
         let token = self.next_token;
         self.next_token += 1;
         self.in_flight.insert((rank, token), what);
+        if let Some(checksum) = header.checksum {
+            self.expected.insert((rank, token), Expected { ptr, len: payload, checksum });
+        }
         let peer = self.peer(rank);
         // SAFETY: ptr is memory of a submitted operation or of the InFlight entry (a Vec's heap
         // block, which does not move), with `payload` bytes; it stays until the completion or
@@ -547,6 +570,9 @@ impl Wire {
     fn complete(&mut self, rank: u32, completion: Completion) -> Result<(), ReduceError> {
         let (Completion::Sent { token } | Completion::Received { token }) = completion;
         let Some(what) = self.in_flight.remove(&(rank, token)) else { return Ok(()) };
+        if let Some(expected) = self.expected.remove(&(rank, token)) {
+            self.verify(rank, &expected)?;
+        }
         match what {
             InFlight::Sent { sequence } => self.events.push(Event::Sent { sequence }),
             InFlight::P2pSent { id } => self.events.push(Event::P2pSent { id }),
@@ -587,6 +613,21 @@ impl Wire {
             InFlight::Control { .. } | InFlight::Nothing => {}
         }
         Ok(())
+    }
+
+    /// Compares what has arrived with what was sent.
+    fn verify(&self, rank: u32, expected: &Expected) -> Result<(), ReduceError> {
+        // SAFETY: memory of a submitted operation or of an InFlight entry, as posted, fully received.
+        let bytes = unsafe { std::slice::from_raw_parts(expected.ptr, expected.len) };
+        let got = crc32c::crc32c(bytes);
+        if got == expected.checksum {
+            return Ok(());
+        }
+        Err(ReduceError::protocol(format!(
+            "{} bytes from rank {rank} arrived at rank {} damaged (checksum {got:08x}, sent {:08x}): memory, a network \
+             card or a cable on the way corrupts data; check both hosts before you go on",
+            expected.len, self.rank, expected.checksum
+        )))
     }
 
     /// This rank.

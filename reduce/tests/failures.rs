@@ -450,6 +450,95 @@ fn groups_give_everything_back_and_can_follow_each_other() {
     }
 }
 
+#[test]
+fn the_status_page_says_who_is_waited_for() {
+    const TEST: &str = "the_status_page_says_who_is_waited_for";
+    for nodes in ["aaa", "abc"] {
+        let outcome = launch(
+            TEST,
+            nodes,
+            |rank| {
+                let group = rank.group("g");
+                group.barrier().unwrap();
+                rank.note(&format!("ready {}", rank.rank));
+                if rank.rank == VICTIM {
+                    rank.await_note("seen");
+                }
+                round(&group, Operation::AllReduce(ReduceOp::Sum), 50_000).unwrap();
+                rank.note(&format!("done {}", rank.rank));
+                rank.await_note("over");
+            },
+            |dir, children| {
+                for rank in 0..nodes.len() {
+                    await_note(dir, &format!("ready {rank}"));
+                }
+                let of = |rank: usize| {
+                    let pages = firefly_reduce::status::of_process(children[rank].id()).unwrap();
+                    pages.into_iter().find(|p| p.group == "g").expect("a page of the group")
+                };
+                let until = |rank: usize, what: &dyn Fn(&firefly_types::RankStatus) -> bool| {
+                    loop {
+                        let page = of(rank);
+                        if what(&page) {
+                            return page;
+                        }
+                        std::thread::yield_now(); // the test harness's watchdog ends what never comes
+                    }
+                };
+                let page = until(0, &|p| p.stuck_since > 0 && p.waiting_for == [VICTIM]);
+                assert_eq!((page.rank, page.size, page.issued, page.completed), (0, 3, 2, 1));
+                assert_eq!(page.operation, "allreduce sum f32 x 50000");
+                assert!(page.stuck_since <= page.updated && page.waiting_count == 1);
+                let idle = until(VICTIM as usize, &|p| p.completed == 1);
+                assert_eq!((idle.operation.as_str(), idle.stuck_since), ("", 0));
+                std::fs::write(dir.join("seen"), "1").unwrap();
+                for rank in 0..nodes.len() {
+                    await_note(dir, &format!("done {rank}"));
+                    until(rank, &|p| p.completed == 2 && p.operation.is_empty() && p.bytes_sent > 0);
+                }
+                std::fs::write(dir.join("over"), "1").unwrap();
+            },
+        );
+        for (rank, (status, output)) in outcome.into_iter().flatten().enumerate() {
+            assert!(status.success(), "rank {rank} on {nodes} ended with {status}:\n{output}");
+        }
+    }
+}
+
+#[test]
+fn survivors_form_a_group_again_in_the_same_process() {
+    const TEST: &str = "survivors_form_a_group_again_in_the_same_process";
+    for nodes in ["aaa", "abc", "aab"] {
+        let outcome = launch(
+            TEST,
+            nodes,
+            |rank| {
+                let group = rank.group("g");
+                rank.note(&format!("ready {}", rank.rank));
+                let error = until_error(&group, Operation::AllReduce(ReduceOp::Sum), 50_000);
+                names_the_victim(&error, nodes);
+                drop(group);
+                let mut config = rank.config("again");
+                config.size = 2;
+                let again = rank.create(&config).unwrap();
+                round(&again, Operation::AllReduce(ReduceOp::Sum), 50_000).unwrap();
+                again.barrier().unwrap();
+                drop(again);
+                assert_eq!(firefly_reduce::mapped_segments(), 0);
+            },
+            |dir, children| {
+                for rank in 0..nodes.len() {
+                    await_note(dir, &format!("ready {rank}"));
+                }
+                kill(children[VICTIM as usize].id(), libc::SIGKILL);
+            },
+        );
+        if let Some(outcome) = outcome {
+            survivors_succeed(TEST, nodes, &outcome);
+        }
+    }
+}
+
 fn threads() -> usize {
     std::fs::read_dir("/proc/self/task").unwrap().count()
 }

@@ -65,6 +65,12 @@ fn promises_hold_in_every_world() {
         "pending updates dropped",
         "targets filled",
         "chain changes",
+        "rotations",
+        "several complete targets came back together",
+        "targets asked to stop",
+        "targets asked to stop and wanted back",
+        "targets moved",
+        "lost targets replaced",
     ] {
         assert!(
             reached.get(what).is_some_and(|n| *n > 0),
@@ -102,6 +108,7 @@ fn every_planted_bug_is_found() {
         Mutant::Machine(Mutation::ServeHandedOver),
         Mutant::Machine(Mutation::FillOmitsPending),
         Mutant::LyingDisk,
+        Mutant::TakesOutUnasked,
     ];
     for mutant in mutants {
         // Rare ones need many worlds; each round of seeds runs on all cores.

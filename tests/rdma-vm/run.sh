@@ -132,6 +132,8 @@ for need in $(for name in "${wanted[@]}"; do printf '%s\n' ${needs[$name]}; done
             # The C header's layouts, for net to check its own declarations against.
             gcc -Wall -o "$work/layout" "$here/layout.c" || die "cannot compile layout.c"
             "$work/layout" >"$bin/layout.txt" ;;
+        reduce) test_binary reduce-rdma -p firefly-reduce --test rdma
+            test_binary reduce-determinism -p firefly-reduce --test determinism ;;
         system) test_binary system-tests -p firefly-tests --test rdma ;;
         ff) (cd "$root" && cargo build -q -p firefly-cli --bin ff) || die "ff does not build"
             put "${CARGO_TARGET_DIR:-$root/target}/debug/ff" "$bin/ff" ;;

@@ -5,6 +5,7 @@ pub mod job;
 pub mod network;
 pub mod node;
 pub mod quickstart;
+pub mod reduce;
 pub mod run;
 pub mod status;
 pub mod up;

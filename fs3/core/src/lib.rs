@@ -5,3 +5,4 @@ pub mod target;
 
 pub mod chain;
 pub mod placement;
+pub mod worker;

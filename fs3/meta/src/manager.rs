@@ -62,6 +62,8 @@ impl Manager {
                 targets: Vec::new(),
                 routing_version: routing.load(Ordering::Relaxed),
                 format_version: FORMAT_VERSION,
+                // A meta server holds nothing that must be fenced: no proof of its end is needed.
+                process: None,
             });
             request.set_timeout(ANSWER);
             let sent = self.client.heartbeat(request);

@@ -16,8 +16,14 @@ pub fn first_tables(settings: &MgmtdSettings) -> Result<Tables, MgmtdError> {
         placement::place(&settings.storage_nodes, k as usize, settings.effective_chains_per_node() as usize)?;
     let traffic = placement::recovery_traffic(&placed.chains);
     tracing::info!(chains = placed.chains.len(), %traffic, "chains are laid; copying after the loss of a node");
-    let mut tables =
-        Tables { routing_version: RoutingVersion(1), next_client: 1, next_epoch: 1, ..Tables::default() };
+    let mut tables = Tables {
+        routing_version: RoutingVersion(1),
+        next_client: 1,
+        next_epoch: 1,
+        next_target: placed.chains.len() as u32 * k + 1,
+        replication: k,
+        ..Tables::default()
+    };
     for node in &settings.storage_nodes {
         tables.nodes.insert(*node, NodeEntry::new(Role::Storage));
     }
@@ -27,7 +33,10 @@ pub fn first_tables(settings: &MgmtdSettings) -> Result<Tables, MgmtdError> {
         for (target, node) in targets.iter().zip(nodes) {
             tables.owners.insert(*target, (*node, chain));
         }
-        tables.chains.insert(chain, ChainEntry { chain: Chain::new(chain, &targets), preferred: targets });
+        tables.chains.insert(
+            chain,
+            ChainEntry { chain: Chain::new(chain, &targets), preferred: targets, moving: None },
+        );
     }
     Ok(tables)
 }

@@ -2,7 +2,7 @@
 
 use crate::MgmtdError;
 use firefly_net::rpc::Identity;
-use firefly_types::{ByteSize, NodeId};
+use firefly_types::{Backoff, ByteSize, NodeId};
 use fs3_core::placement;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -26,8 +26,9 @@ pub struct MgmtdConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MgmtdSettings {
-    /// Ids of the storage nodes. Chains are laid over them at the first start and kept; a later
-    /// change of this list is refused, because moving data to new nodes is not offered yet.
+    /// Ids of the storage nodes that the cluster is founded with. Chains are laid over them at the
+    /// first start; a later change of this list is refused. Nodes join and leave a running cluster
+    /// by `ff fs node add` and `remove`.
     pub storage_nodes: Vec<NodeId>,
     /// Replicas of each chunk (targets per chain). Default 2, or 1 on a single node. Fixed at the
     /// first start.
@@ -46,12 +47,20 @@ pub struct MgmtdSettings {
     /// servers stand on one machine and one disk anyway.
     #[serde(default)]
     pub min_write_replicas: Option<u32>,
+    /// Targets that a node takes in at a time when chains are moved, rebuilt or rebalanced. Default
+    /// 1: clients come first. Each reads from one other node and copies four chunks at a time.
+    #[serde(default = "default_intake")]
+    pub moves_per_node: u32,
     /// Chunk size of new files. Default 1 MiB: large enough to stream, small enough to spread a file.
     #[serde(default = "default_chunk")]
     pub chunk_bytes: ByteSize,
     /// The times. Defaults bring service back within 5 s of the loss of a server.
     #[serde(default)]
     pub timing: Timing,
+}
+
+fn default_intake() -> u32 {
+    1
 }
 
 fn default_chunk() -> ByteSize {
@@ -66,6 +75,7 @@ impl MgmtdSettings {
             replication: None,
             chains_per_node: None,
             min_write_replicas: None,
+            moves_per_node: default_intake(),
             chunk_bytes: default_chunk(),
             timing: Timing::default(),
         }
@@ -86,7 +96,10 @@ impl MgmtdSettings {
         let nodes = self.storage_nodes.len();
         let targets_at_one = (nodes as u64 * u64::from(self.effective_replication())).max(1);
         let most = (crate::MAX_TARGETS / targets_at_one).max(1);
-        self.chains_per_node.unwrap_or(placement::default_chains_per_node(nodes).min(most as usize) as u32)
+        self.chains_per_node.unwrap_or(
+            placement::default_chains_per_node(nodes, self.effective_replication() as usize)
+                .min(most as usize) as u32,
+        )
     }
 
     /// Refuses what cannot work.
@@ -95,6 +108,12 @@ impl MgmtdSettings {
         if least == 0 || least > k {
             return Err(MgmtdError::Config(format!(
                 "min_write_replicas is {least}; choose 1 to {k}, the replication"
+            )));
+        }
+        if !(1..=64).contains(&self.moves_per_node) {
+            return Err(MgmtdError::Config(format!(
+                "moves_per_node is {}; choose 1 to 64",
+                self.moves_per_node
             )));
         }
         let chunk = self.chunk_bytes;
@@ -138,6 +157,16 @@ pub struct Timing {
     /// than any pause of a healthy client, because a client that loses its session loses what it
     /// has open.
     pub session_ms: u32,
+    /// A chain whose last serving set went away starts again when all of that set have come back,
+    /// or this long after the first with those that have; who comes later is filled. Default 1500:
+    /// servers that start together after an outage need not copy anything.
+    pub reunite_ms: u32,
+    /// Between two chains that are turned back to their preferred order. Default 1000: each turn
+    /// makes the clients of that chain ask again.
+    pub rotate_ms: u32,
+    /// A target that has been out for longer is rebuilt on another node. Default 600000 (10 min):
+    /// longer than a restart or a repair of its server, since all of its data is copied.
+    pub rebuild_after_ms: u32,
 }
 
 impl Default for Timing {
@@ -149,6 +178,9 @@ impl Default for Timing {
             takeover_ms: 1000,
             bootstrap_ms: 15_000,
             session_ms: 30_000,
+            reunite_ms: 1500,
+            rotate_ms: 1000,
+            rebuild_after_ms: 600_000,
         }
     }
 }
@@ -179,6 +211,11 @@ impl Timing {
         self.dead_after() + self.tick()
     }
 
+    /// The longest from a restart of everything to chains that serve.
+    pub fn restart(&self) -> Duration {
+        self.settle() + ms(self.reunite_ms) + self.tick()
+    }
+
     /// The inequalities that the fences rest on.
     pub fn check(&self) -> Result<(), MgmtdError> {
         let wrong = |what: String| Err(MgmtdError::Config(what));
@@ -206,7 +243,21 @@ impl Timing {
                 self.takeover_ms, self.margin_ms
             ));
         }
-        let longest = self.settle().max(self.failover());
+        let longest = self.restart().max(self.failover());
+        if 2 * longest > Backoff::CLUSTER.total {
+            return wrong(format!(
+                "a fail-over may take {longest:?} (lease_ms + margin_ms, or takeover_ms + lease_ms + reunite_ms after \
+                 a restart), and clients give up after {:?}: it must be less than half of that",
+                Backoff::CLUSTER.total
+            ));
+        }
+        if ms(self.rebuild_after_ms) < longest {
+            return wrong(format!(
+                "rebuild_after_ms is {}, below the longest fail-over ({longest:?}): targets would be rebuilt that \
+                 are about to return",
+                self.rebuild_after_ms
+            ));
+        }
         if ms(self.session_ms) < 2 * longest {
             return wrong(format!(
                 "session_ms is {}, below twice the longest fail-over ({longest:?}): clients would lose their \
@@ -231,6 +282,7 @@ mod tests {
         let timing = Timing::default();
         timing.check().unwrap();
         assert!(timing.failover() + ms(1000) < Duration::from_secs(5));
+        assert!(timing.restart() < Duration::from_secs(5));
     }
 
     #[test]
@@ -246,6 +298,9 @@ mod tests {
         refused(|s| s.timing.heartbeat_ms = 1, "heartbeat_ms");
         refused(|s| s.timing.takeover_ms = 400, "takeover_ms");
         refused(|s| s.timing.session_ms = 4000, "session_ms");
+        refused(|s| s.timing.reunite_ms = 20_000, "reunite_ms");
+        refused(|s| s.timing.rebuild_after_ms = 4000, "rebuild_after_ms");
+        refused(|s| s.moves_per_node = 0, "moves_per_node");
         refused(|s| s.min_write_replicas = Some(3), "min_write_replicas");
         refused(|s| s.min_write_replicas = Some(0), "min_write_replicas");
         refused(|s| s.chunk_bytes = ByteSize(3000), "chunk_bytes");

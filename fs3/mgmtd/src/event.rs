@@ -5,6 +5,7 @@ use firefly_types::{
     TargetId, WireError,
 };
 use fs3_core::chain::LocalState;
+use fs3_core::worker::Status;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -32,6 +33,27 @@ pub struct TargetStatus {
     pub reason: String,
     /// On memory that a power cut empties.
     pub is_volatile: bool,
+    /// How far its scrub is.
+    pub scrub: ScrubProgress,
+}
+
+/// One target's part of a scrub.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ScrubProgress {
+    /// Which pass; zero if none has begun here.
+    pub pass: u64,
+    /// All has been checked.
+    pub done: bool,
+    /// Chunks that were checked.
+    pub chunks_checked: u64,
+    /// Of so many.
+    pub chunks_total: u64,
+    /// Bytes that were checked.
+    pub bytes_checked: u64,
+    /// Blocks put right from another replica.
+    pub blocks_repaired: u64,
+    /// Chunks with blocks that no replica could put right.
+    pub chunks_bad: u64,
 }
 
 /// A node says that it lives. Validated: ids and incarnation are not zero, the address parses.
@@ -58,6 +80,15 @@ pub enum Event {
     Tick,
     /// A node says that it lives.
     Heartbeat(Heartbeat),
+    /// It is certain that a node's process has ended.
+    Ended {
+        /// Whose.
+        node: NodeId,
+        /// Which start of it.
+        incarnation: Incarnation,
+    },
+    /// An operator's order.
+    Order(Order),
     /// A client wants a session.
     OpenSession {
         /// Which client; `None` asks for a new id.
@@ -83,6 +114,35 @@ pub enum Event {
     },
 }
 
+/// What an operator may want. The order is durable when it is answered; workers carry it out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Order {
+    /// A storage node joins.
+    AddNode(NodeId),
+    /// A storage node that holds nothing leaves.
+    RemoveNode(NodeId),
+    /// A node's targets are moved elsewhere, and it gets no new ones.
+    DrainNode(NodeId),
+    /// The node is used again.
+    UndrainNode(NodeId),
+    /// A target is moved to another node.
+    DrainTarget(TargetId),
+    /// A target is replaced by a new one on the same node.
+    ReplaceTarget(TargetId),
+    /// Targets are spread evenly over the nodes, or no longer.
+    Rebalance {
+        /// Begin, or stop.
+        start: bool,
+    },
+    /// Everything stored is checked, or no longer.
+    Scrub {
+        /// Begin a pass, or stop.
+        start: bool,
+        /// Bytes per second and node; zero is the default.
+        rate_bytes: u64,
+    },
+}
+
 /// The answer to whoever caused the event.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Reply {
@@ -95,6 +155,8 @@ pub enum Reply {
         /// Right to serve from the sending of the heartbeat; zero gives none.
         lease: Duration,
     },
+    /// To an order: what is going to happen.
+    Accepted(String),
     /// A session was opened or prolonged.
     Session {
         /// Whose.
@@ -115,6 +177,21 @@ pub enum Write {
     Node(NodeId),
     /// One session, or its absence.
     Session(ClientId),
+    /// One target that was taken out for good, or that its node has removed.
+    Grave(TargetId),
+    /// What was ordered and takes long.
+    Tasks,
+}
+
+/// A background worker, for people.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct WorkerReport {
+    /// Its name.
+    pub name: &'static str,
+    /// How far it is.
+    pub status: Status,
+    /// What bounds it.
+    pub throttle: String,
 }
 
 /// What a manager decides on one event.

@@ -25,16 +25,22 @@
 //! Writes with few replicas: a chain with fewer serving targets than `min_write_replicas` refuses
 //! writes. See [`MgmtdSettings::min_write_replicas`] for what 1 instead of 2 means with two replicas.
 //!
-//! Not here yet: nodes that are added or taken out (the placement is made once), rebuilding of a
-//! target elsewhere after `rebuild_after`, turning a chain back to its preferred order, keeping the
-//! data of targets over a restart of their process while another replica serves (they are filled
-//! anew), and a second manager. A server that is gone for good leaves its chains one replica short
-//! until it is replaced under the same node id, with an empty folder.
+//! Background work (`workers`): whole chains are turned back to their preferred order; targets that
+//! have been out for `rebuild_after_ms` are rebuilt on other nodes; nodes are drained, targets spread
+//! evenly, everything scrubbed when an operator orders it. A target takes another's place by `moves`.
+//!
+//! Not here yet: keeping the data of targets over a restart of their process while another replica
+//! serves (they are filled anew), and a second manager.
 
 pub mod bootstrap;
+mod chains;
 mod config;
 mod error;
 mod event;
+mod moves;
+#[cfg(test)]
+mod ops_tests;
+mod orders;
 mod persist;
 mod server;
 mod sessions;
@@ -44,13 +50,17 @@ mod state;
 #[cfg(test)]
 mod state_tests;
 mod wire;
+mod workers;
 
 pub use config::{MgmtdConfig, MgmtdSettings, Timing};
 pub use error::MgmtdError;
-pub use event::{Decisions, Event, Heartbeat, Reply, Role, TargetStatus, Write};
+pub use event::{
+    Decisions, Event, Heartbeat, Order, Reply, Role, ScrubProgress, TargetStatus, WorkerReport, Write,
+};
+pub use moves::{Cause, Move};
 pub use server::{Running, serve};
 pub use sessions::{MAX_SESSIONS, Session};
-pub use state::{ChainEntry, ManagerState, NodeEntry, Tables};
+pub use state::{ChainEntry, ManagerState, NodeEntry, Tables, Tasks};
 
 /// Targets in a cluster at most: the first tables are one transaction, and a routing table, reasons
 /// included, stays below the 4 MiB that gRPC takes by default.

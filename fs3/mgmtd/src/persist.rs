@@ -4,8 +4,9 @@
 use crate::MgmtdError;
 use crate::config::MgmtdSettings;
 use crate::event::{Role, Write};
+use crate::moves::{Cause, Move};
 use crate::sessions::Session;
-use crate::state::{ChainEntry, ManagerState, NodeEntry, Tables};
+use crate::state::{ChainEntry, ManagerState, NodeEntry, Tables, Tasks};
 use firefly_store::{Kv, Txn};
 use firefly_types::{
     AttemptEpoch, ChainId, ChainVersion, ClientId, ClusterId, Incarnation, JobId, NodeId, RoutingVersion,
@@ -40,6 +41,8 @@ struct CountersRecord {
     next_client: u64,
     #[prost(uint64, tag = "3")]
     next_epoch: u64,
+    #[prost(uint32, tag = "4")]
+    next_target: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -56,6 +59,15 @@ struct ChainRecord {
     preferred: Vec<u32>,
     #[prost(uint32, repeated, tag = "5")]
     nodes: Vec<u32>,
+    /// A target on its way in, the one that goes for it, and why; zero if there is none.
+    #[prost(uint32, tag = "6")]
+    move_to: u32,
+    #[prost(uint32, tag = "7")]
+    move_from: u32,
+    #[prost(uint32, tag = "8")]
+    move_cause: u32,
+    #[prost(bool, tag = "9")]
+    retiring: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -70,6 +82,28 @@ struct NodeRecord {
     incarnation: u64,
     #[prost(fixed64, repeated, tag = "5")]
     retired: Vec<u64>,
+    #[prost(bool, tag = "6")]
+    draining: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct GraveRecord {
+    #[prost(uint32, tag = "1")]
+    node: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct TasksRecord {
+    #[prost(bool, tag = "1")]
+    rebalancing: bool,
+    #[prost(uint64, tag = "2")]
+    rebalance_moves: u64,
+    #[prost(uint64, tag = "3")]
+    scrub_pass: u64,
+    #[prost(bool, tag = "4")]
+    scrubbing: bool,
+    #[prost(uint64, tag = "5")]
+    scrub_rate: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -89,6 +123,8 @@ const COUNTERS: &[u8] = b"counters";
 const CHAIN: &[u8] = b"chain/";
 const NODE: &[u8] = b"node/";
 const SESSION: &[u8] = b"session/";
+const GRAVE: &[u8] = b"grave/";
+const TASKS: &[u8] = b"tasks";
 
 fn key(prefix: &[u8], id: &[u8]) -> Vec<u8> {
     [prefix, id].concat()
@@ -101,6 +137,8 @@ const STATES: [(PublicState, u32); 5] = [
     (PublicState::LastSrv, 4),
     (PublicState::Offline, 5),
 ];
+
+const CAUSES: [Cause; 4] = [Cause::Rebuild, Cause::Drain, Cause::Rebalance, Cause::Replace];
 
 fn state_code(state: PublicState) -> u32 {
     STATES.iter().find(|(s, _)| *s == state).map_or(0, |(_, code)| *code)
@@ -115,6 +153,10 @@ impl ChainRecord {
             states: members.iter().map(|m| state_code(m.state)).collect(),
             preferred: entry.preferred.iter().map(|t| t.0).collect(),
             nodes: entry.preferred.iter().map(|&t| node_of(t).0).collect(),
+            move_to: entry.moving.map_or(0, |m| m.to.0),
+            move_from: entry.moving.map_or(0, |m| m.from.0),
+            move_cause: entry.moving.map_or(0, |m| m.cause as u32),
+            retiring: entry.moving.is_some_and(|m| m.retiring),
         }
     }
 
@@ -138,7 +180,19 @@ impl ChainRecord {
             .collect();
         let chain = Chain { id, version: ChainVersion(self.version), members };
         chain.check()?;
-        Ok(ChainEntry { chain, preferred: self.preferred.iter().copied().map(TargetId).collect() })
+        let moving = match self.move_to {
+            0 => None,
+            to => {
+                let cause = CAUSES.into_iter().find(|c| *c as u32 == self.move_cause);
+                let cause = cause.ok_or("it is moved for a reason of another release")?;
+                let from = TargetId(self.move_from);
+                Some(Move { to: TargetId(to), from, cause, retiring: self.retiring })
+            }
+        };
+        if moving.is_some_and(|m| chain.state_of(m.to).is_none() || chain.state_of(m.from).is_none()) {
+            return Err("a target is moved that is not a member".into());
+        }
+        Ok(ChainEntry { chain, preferred: self.preferred.iter().copied().map(TargetId).collect(), moving })
     }
 }
 
@@ -153,6 +207,7 @@ impl NodeRecord {
             alive: node.alive,
             incarnation: node.incarnation.0,
             retired: node.retired.iter().map(|i| i.0).collect(),
+            draining: node.draining,
         }
     }
 
@@ -167,7 +222,20 @@ impl NodeRecord {
             alive: self.alive,
             incarnation: Incarnation(self.incarnation),
             retired: self.retired.into_iter().map(Incarnation).collect(),
+            draining: self.draining,
         })
+    }
+}
+
+impl TasksRecord {
+    fn new(tasks: &Tasks) -> Self {
+        let Tasks { rebalancing, rebalance_moves, scrub_pass, scrubbing, scrub_rate } = *tasks;
+        Self { rebalancing, rebalance_moves, scrub_pass, scrubbing, scrub_rate }
+    }
+
+    fn entry(self) -> Tasks {
+        let Self { rebalancing, rebalance_moves, scrub_pass, scrubbing, scrub_rate } = self;
+        Tasks { rebalancing, rebalance_moves, scrub_pass, scrubbing, scrub_rate }
     }
 }
 
@@ -192,6 +260,7 @@ pub(crate) fn write(state: &ManagerState, writes: &[Write], txn: &mut Txn) {
                     routing_version: state.routing_version.0,
                     next_client: state.sessions.next_client,
                     next_epoch: state.sessions.next_epoch,
+                    next_target: state.next_target,
                 };
                 txn.put(COUNTERS, &record.encode_to_vec());
             }
@@ -202,10 +271,20 @@ pub(crate) fn write(state: &ManagerState, writes: &[Write], txn: &mut Txn) {
                 }
             }
             Write::Node(id) => {
-                if let Some(node) = state.nodes.get(id) {
-                    txn.put(&key(NODE, &id.0.to_be_bytes()), &NodeRecord::new(node).encode_to_vec());
+                let key = key(NODE, &id.0.to_be_bytes());
+                match state.nodes.get(id) {
+                    Some(node) => txn.put(&key, &NodeRecord::new(node).encode_to_vec()),
+                    None => txn.delete(&key),
                 }
             }
+            Write::Grave(target) => {
+                let key = key(GRAVE, &target.0.to_be_bytes());
+                match state.graves.get(target) {
+                    Some((node, _)) => txn.put(&key, &GraveRecord { node: node.0 }.encode_to_vec()),
+                    None => txn.delete(&key),
+                }
+            }
+            Write::Tasks => txn.put(TASKS, &TasksRecord::new(&state.tasks).encode_to_vec()),
             Write::Session(client) => {
                 let key = key(SESSION, &client.0.to_be_bytes());
                 match state.sessions.get(*client) {
@@ -246,7 +325,7 @@ pub(crate) async fn load_or_create(
             let found = ClusterRecord::decode(bytes.as_slice())
                 .map_err(|e| MgmtdError::Corrupt(format!("cluster record: {e}")))?;
             check_fit(&found, &wanted, settings)?;
-            load(&mut txn)
+            Ok(Tables { replication: found.replication, ..load(&mut txn)? })
         }
         None => {
             let tables = first()?;
@@ -255,6 +334,7 @@ pub(crate) async fn load_or_create(
                 routing_version: tables.routing_version.0,
                 next_client: tables.next_client,
                 next_epoch: tables.next_epoch,
+                next_target: tables.next_target,
             };
             txn.put(COUNTERS, &counters.encode_to_vec());
             for (id, entry) in &tables.chains {
@@ -315,8 +395,21 @@ fn load(txn: &mut Txn) -> Result<Tables, MgmtdError> {
         routing_version: RoutingVersion(counters.routing_version),
         next_client: counters.next_client,
         next_epoch: counters.next_epoch,
+        next_target: counters.next_target,
         ..Tables::default()
     };
+    if let Some(tasks) = txn.get(TASKS)? {
+        let record = TasksRecord::decode(tasks.as_slice()).map_err(|e| corrupt(format!("tasks: {e}")))?;
+        tables.tasks = record.entry();
+    }
+    for (id, bytes) in under(txn, GRAVE)? {
+        let target = TargetId(
+            number(&id).and_then(|n| u32::try_from(n).ok()).ok_or_else(|| corrupt("a grave's key".into()))?,
+        );
+        let record =
+            GraveRecord::decode(bytes.as_slice()).map_err(|e| corrupt(format!("grave of {target}: {e}")))?;
+        tables.graves.insert(target, NodeId(record.node));
+    }
     for (id, bytes) in under(txn, CHAIN)? {
         let chain = ChainId(
             number(&id).and_then(|n| u32::try_from(n).ok()).ok_or_else(|| corrupt("a chain's key".into()))?,
@@ -372,7 +465,13 @@ mod tests {
         let member = |t, state| Member { target: TargetId(t), state };
         let members = vec![member(2, PublicState::Serving), member(1, PublicState::Syncing)];
         let chain = Chain { id: ChainId(7), version: ChainVersion(300), members };
-        ChainEntry { chain, preferred: vec![TargetId(1), TargetId(2)] }
+        ChainEntry { chain, preferred: vec![TargetId(1), TargetId(2)], moving: None }
+    }
+
+    fn moved_chain() -> ChainEntry {
+        let moving =
+            Some(Move { to: TargetId(1), from: TargetId(2), cause: Cause::Rebalance, retiring: true });
+        ChainEntry { moving, ..sample_chain() }
     }
 
     #[test]
@@ -388,6 +487,7 @@ mod tests {
             alive: true,
             incarnation: 0x0102,
             retired: vec![3],
+            draining: false,
         };
         let wanted = "0801".to_owned()
             + "1209312e322e332e343a35"
@@ -395,8 +495,22 @@ mod tests {
             + "210201000000000000"
             + "2a080300000000000000";
         assert_eq!(hex(&node.encode_to_vec()), wanted);
-        let counters = CountersRecord { routing_version: 9, next_client: 8, next_epoch: 7 };
-        assert_eq!(hex(&counters.encode_to_vec()), "080910081807");
+        let drained = NodeRecord { draining: true, ..node };
+        assert_eq!(hex(&drained.encode_to_vec()), wanted + "3001");
+        let moved = ChainRecord::new(&moved_chain(), |t| NodeId(t.0 + 2));
+        let end = "300138024003".to_owned() + "4801";
+        assert!(hex(&moved.encode_to_vec()).ends_with(&end), "{}", hex(&moved.encode_to_vec()));
+        let counters = CountersRecord { routing_version: 9, next_client: 8, next_epoch: 7, next_target: 6 };
+        assert_eq!(hex(&counters.encode_to_vec()), "0809100818072006");
+        assert_eq!(hex(&GraveRecord { node: 4 }.encode_to_vec()), "0804");
+        let tasks = TasksRecord {
+            rebalancing: true,
+            rebalance_moves: 2,
+            scrub_pass: 3,
+            scrubbing: true,
+            scrub_rate: 4,
+        };
+        assert_eq!(hex(&tasks.encode_to_vec()), "08011002180320012804");
         let session = SessionRecord { epoch: 5, description: "me".into(), job: 6, attempt: 7 };
         assert_eq!(hex(&session.encode_to_vec()), "080512026d6518062007");
         let cluster = ClusterRecord {
@@ -414,6 +528,11 @@ mod tests {
     fn records_round_trip() {
         let entry = sample_chain();
         assert_eq!(ChainRecord::new(&entry, |_| NodeId(1)).entry(ChainId(7)), Ok(entry));
+        let moved = moved_chain();
+        let record = ChainRecord::new(&moved, |_| NodeId(1));
+        assert_eq!(record.entry(ChainId(7)), Ok(moved));
+        assert!(ChainRecord { move_cause: 9, ..record.clone() }.entry(ChainId(7)).is_err());
+        assert!(ChainRecord { move_from: 9, ..record }.entry(ChainId(7)).is_err());
         let session = Session {
             epoch: SessionEpoch(1),
             description: "d".into(),

@@ -9,11 +9,13 @@ use crate::{MgmtdConfig, MgmtdError, bootstrap, persist, wire};
 use firefly_proto::auth::CheckToken;
 use firefly_proto::mgmtd as pb;
 use firefly_proto::mgmtd::manager_server::{Manager, ManagerServer};
+use firefly_proto::mgmtd::operator_server::{Operator, OperatorServer};
 use firefly_proto::status::to_status;
 use firefly_store::{Kv, Store, StoreOptions};
-use firefly_types::{ErrorKind, Nanos, RoutingVersion, WireError};
+use firefly_types::{ErrorKind, Incarnation, Nanos, NodeId, RoutingVersion, WireError, lock};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -63,16 +65,26 @@ pub async fn serve(config: MgmtdConfig, stop: CancellationToken) -> Result<Runni
     let (versions, published) = watch::channel(state.routing_version());
     // Ends with either side: a manager whose state has failed must not go on answering.
     let stop = stop.child_token();
-    let owner = Owner { state, store: store.clone(), clock, versions, tick: timing.tick() };
+    let neighbours = Neighbours::default();
+    let owner = Owner {
+        state,
+        store: store.clone(),
+        clock,
+        versions,
+        tick: timing.tick(),
+        neighbours: neighbours.clone(),
+    };
     let owner = tokio::spawn(owner.run(inbox, stop.clone()));
     let service = Service {
         events,
+        neighbours,
         published,
         stop: stop.clone(),
         cluster: identity.cluster.to_string(),
         interval_ms: timing.heartbeat_ms,
         session_ms: timing.session_ms,
     };
+    let operator = OperatorServer::with_interceptor(service.clone(), CheckToken::new(&identity.secret));
     let service = ManagerServer::with_interceptor(service, CheckToken::new(&identity.secret));
     let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
     let task = tokio::spawn(async move {
@@ -80,6 +92,7 @@ pub async fn serve(config: MgmtdConfig, stop: CancellationToken) -> Result<Runni
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .http2_keepalive_timeout(Some(Duration::from_secs(10)))
             .add_service(service)
+            .add_service(operator)
             .serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned());
         let served = server.await.map_err(|e| MgmtdError::Serve(e.to_string()));
         stop.cancel();
@@ -108,7 +121,11 @@ impl Clock {
 enum Message {
     Event(Event, oneshot::Sender<Result<Reply, WireError>>),
     Table(oneshot::Sender<pb::RoutingTable>),
+    Workers(oneshot::Sender<pb::ListWorkersReply>),
 }
+
+/// Processes that run on this machine and whose end can therefore be seen.
+type Neighbours = Arc<Mutex<BTreeMap<(NodeId, Incarnation), pb::ProcessIdentity>>>;
 
 struct Owner {
     state: ManagerState,
@@ -116,6 +133,7 @@ struct Owner {
     clock: Clock,
     versions: watch::Sender<RoutingVersion>,
     tick: Duration,
+    neighbours: Neighbours,
 }
 
 impl Owner {
@@ -144,9 +162,18 @@ impl Owner {
                     Some(Message::Table(answer)) => {
                         let _ = answer.send(wire::routing_table(&self.state, self.clock.now()));
                     }
+                    Some(Message::Workers(answer)) => {
+                        let _ = answer.send(wire::workers(self.state.workers()));
+                    }
                     None => return Ok(()),
                 },
                 _ = ticks.tick() => {
+                    for (node, incarnation) in self.ended_neighbours() {
+                        let _ = self.step(Event::Ended { node, incarnation }).await.inspect_err(|error| {
+                            tracing::error!(%error, "the manager stops: its decisions cannot be made durable");
+                            stop.cancel();
+                        })?;
+                    }
                     let _ = self.step(Event::Tick).await.inspect_err(|error| {
                         tracing::error!(%error, "the manager stops: its decisions cannot be made durable");
                         stop.cancel();
@@ -154,6 +181,18 @@ impl Owner {
                 }
             }
         }
+    }
+
+    /// Those that still count as alive and whose processes have ended.
+    fn ended_neighbours(&self) -> Vec<(NodeId, Incarnation)> {
+        let mut neighbours = lock(&self.neighbours);
+        // The newest start of each node is of interest, until it has been found to be over.
+        let counts = |node: &NodeId, incarnation: &Incarnation| {
+            self.state.nodes.get(node).is_none_or(|n| !n.retired.contains(incarnation))
+        };
+        neighbours.retain(|(node, incarnation), _| counts(node, incarnation));
+        let ended = neighbours.iter().filter(|(_, process)| firefly_proto::process::is_gone(process));
+        ended.map(|(key, _)| *key).collect()
     }
 
     async fn step(&mut self, event: Event) -> Result<Result<Reply, WireError>, MgmtdError> {
@@ -174,8 +213,10 @@ impl Owner {
     }
 }
 
+#[derive(Clone)]
 struct Service {
     events: mpsc::Sender<Message>,
+    neighbours: Neighbours,
     published: watch::Receiver<RoutingVersion>,
     stop: CancellationToken,
     cluster: String,
@@ -211,7 +252,14 @@ impl Manager for Service {
         &self,
         request: Request<pb::HeartbeatRequest>,
     ) -> Result<Response<pb::HeartbeatReply>, Status> {
-        match self.step(wire::heartbeat(request.into_inner())).await? {
+        let mut request = request.into_inner();
+        let process = request.process.take();
+        let key = (NodeId(request.node_id), Incarnation(request.incarnation));
+        let reply = self.step(wire::heartbeat(request)).await?;
+        if let Some(process) = process.filter(firefly_proto::process::is_here) {
+            lock(&self.neighbours).entry(key).or_insert(process);
+        }
+        match reply {
             Reply::Lease { routing_version, lease } => Ok(Response::new(pb::HeartbeatReply {
                 routing_version: routing_version.0,
                 lease_ms: lease.as_millis() as u32,
@@ -278,5 +326,25 @@ impl Manager for Service {
         let event = wire::session(request.client_id, request.session_epoch);
         self.step(event.map(|(client, epoch)| Event::CloseSession { client, epoch })).await?;
         Ok(Response::new(pb::CloseSessionReply {}))
+    }
+}
+
+#[tonic::async_trait]
+impl Operator for Service {
+    async fn administer(
+        &self,
+        request: Request<pb::AdministerRequest>,
+    ) -> Result<Response<pb::AdministerReply>, Status> {
+        match self.step(wire::order(request.into_inner())).await? {
+            Reply::Accepted(message) => Ok(Response::new(pb::AdministerReply { message })),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn list_workers(
+        &self,
+        _: Request<pb::ListWorkersRequest>,
+    ) -> Result<Response<pb::ListWorkersReply>, Status> {
+        Ok(Response::new(self.ask(Message::Workers).await?))
     }
 }

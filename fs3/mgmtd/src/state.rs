@@ -3,11 +3,12 @@
 
 use crate::config::{MgmtdSettings, Timing};
 use crate::event::{Decisions, Event, Heartbeat, Reply, Role, TargetStatus, Write};
+use crate::moves::Move;
 use crate::sessions::{Session, Sessions};
 use firefly_types::{
     ChainId, ClientId, ErrorKind, Incarnation, Nanos, NodeId, RoutingVersion, TargetId, WireError,
 };
-use fs3_core::chain::{Chain, PublicState, Report, next_chain, start_chain};
+use fs3_core::chain::{Chain, PublicState, Report, next_chain};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -23,8 +24,11 @@ const MAX_RETIRED: usize = 16;
 pub struct ChainEntry {
     /// As published.
     pub chain: Chain,
-    /// The first of these that serves should be the head.
+    /// The order that the chain is turned back to when all of its members serve. While a target
+    /// takes another's place, the new one stands in it and the old one behind.
     pub preferred: Vec<TargetId>,
+    /// A target on its way in, and the one that goes for it.
+    pub moving: Option<Move>,
 }
 
 /// What is durable of a node.
@@ -41,19 +45,36 @@ pub struct NodeEntry {
     pub incarnation: Incarnation,
     /// Starts that are over; a late message of theirs is refused. Newest last.
     pub retired: Vec<Incarnation>,
+    /// Its targets are moved elsewhere, and it gets no new ones.
+    pub draining: bool,
+}
+
+/// What operators have ordered and takes long.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Tasks {
+    /// Targets are being spread evenly over the nodes.
+    pub rebalancing: bool,
+    /// Moves that the rebalancing has begun since it was ordered.
+    pub rebalance_moves: u64,
+    /// The newest scrub; zero if there was none.
+    pub scrub_pass: u64,
+    /// It goes on.
+    pub scrubbing: bool,
+    /// Bytes per second and node.
+    pub scrub_rate: u64,
 }
 
 /// What is not durable of a node.
 #[derive(Clone, Debug)]
-struct Contact {
+pub(crate) struct Contact {
     /// The newest start of its process; differs from the published one until the chains have
     /// taken it in.
-    incarnation: Incarnation,
+    pub(crate) incarnation: Incarnation,
     heard: Nanos,
     /// Grace given since then for the manager's own pauses, and how many those were.
     grace: Duration,
     pauses: u32,
-    targets: BTreeMap<TargetId, TargetStatus>,
+    pub(crate) targets: BTreeMap<TargetId, TargetStatus>,
     /// It gets no lease before it acts on this routing version: there, one of its targets stopped
     /// serving.
     fence: RoutingVersion,
@@ -68,6 +89,10 @@ pub struct Tables {
     pub next_client: u64,
     /// The next session's epoch.
     pub next_epoch: u64,
+    /// The next new target's id; ids are never used again.
+    pub next_target: u32,
+    /// Replicas of each chunk.
+    pub replication: u32,
     /// All chains.
     pub chains: BTreeMap<ChainId, ChainEntry>,
     /// Where each target is.
@@ -76,26 +101,48 @@ pub struct Tables {
     pub nodes: BTreeMap<NodeId, NodeEntry>,
     /// Open sessions.
     pub sessions: BTreeMap<ClientId, Session>,
+    /// Targets that were taken out of their chains for good, until their nodes have removed them.
+    pub graves: BTreeMap<TargetId, NodeId>,
+    /// What operators have ordered.
+    pub tasks: Tasks,
 }
 
 /// The manager as a value.
 #[derive(Debug)]
 pub struct ManagerState {
-    timing: Timing,
+    pub(crate) timing: Timing,
     pub(crate) settings: MgmtdSettings,
     pub(crate) routing_version: RoutingVersion,
     pub(crate) chains: BTreeMap<ChainId, ChainEntry>,
     pub(crate) owners: BTreeMap<TargetId, (NodeId, ChainId)>,
     pub(crate) nodes: BTreeMap<NodeId, NodeEntry>,
-    contacts: BTreeMap<NodeId, Contact>,
+    pub(crate) contacts: BTreeMap<NodeId, Contact>,
     pub(crate) sessions: Sessions,
+    pub(crate) next_target: u32,
+    pub(crate) replication: u32,
+    /// With the routing version that says so: a node that acts on it has removed the target.
+    pub(crate) graves: BTreeMap<TargetId, (NodeId, RoutingVersion)>,
+    pub(crate) tasks: Tasks,
+    /// Chains in which a target takes another's place.
+    pub(crate) moving: BTreeSet<ChainId>,
+    /// Since when targets are out, as far as this manager knows: after a restart they get their time
+    /// again.
+    pub(crate) out_since: BTreeMap<TargetId, Nanos>,
+    /// Since when chains wait for the rest of their last serving set.
+    pub(crate) reunions: BTreeMap<ChainId, Nanos>,
+    /// Nodes that failed to take a chain's target in, and when: another is tried first.
+    pub(crate) failed_moves: BTreeMap<(ChainId, NodeId), Nanos>,
+    /// When workers look next, and when the next chain may be turned.
+    pub(crate) works_at: Nanos,
+    pub(crate) rotates_at: Nanos,
     /// Nothing is promoted or demoted before.
     settles_at: Nanos,
     /// New chains wait for all of their servers until then.
-    bootstraps_until: Nanos,
-    stepped: Nanos,
+    pub(crate) bootstraps_until: Nanos,
+    /// The time of the step under way or of the last one.
+    pub(crate) now: Nanos,
     /// Chains to look at: something about their targets has changed.
-    dirty: BTreeSet<ChainId>,
+    pub(crate) dirty: BTreeSet<ChainId>,
 }
 
 impl ManagerState {
@@ -126,12 +173,27 @@ impl ManagerState {
             ),
             routing_version: RoutingVersion(tables.routing_version.0.max(1)),
             dirty: tables.chains.keys().copied().collect(),
+            moving: tables.chains.iter().filter(|(_, e)| e.moving.is_some()).map(|(id, _)| *id).collect(),
+            out_since: tables
+                .chains
+                .values()
+                .flat_map(|e| e.chain.in_state(PublicState::Offline))
+                .map(|t| (t, now))
+                .collect(),
+            graves: tables.graves.into_iter().map(|(t, n)| (t, (n, tables.routing_version))).collect(),
+            next_target: tables.next_target.max(tables.owners.keys().last().map_or(1, |t| t.0 + 1)),
+            replication: tables.replication,
+            tasks: tables.tasks,
+            reunions: BTreeMap::new(),
+            failed_moves: BTreeMap::new(),
+            works_at: now,
+            rotates_at: now,
             chains: tables.chains,
             owners: tables.owners,
             nodes: tables.nodes,
             settles_at,
             bootstraps_until: now.after(crate::config::ms(timing.bootstrap_ms)),
-            stepped: now,
+            now,
             timing,
             settings,
         }
@@ -148,10 +210,14 @@ impl ManagerState {
             routing_version: self.routing_version,
             next_client: self.sessions.next_client,
             next_epoch: self.sessions.next_epoch,
+            next_target: self.next_target,
+            replication: self.replication,
             chains: self.chains.clone(),
             owners: self.owners.clone(),
             nodes: self.nodes.clone(),
             sessions: self.sessions.durable(),
+            graves: self.graves.iter().map(|(t, (n, _))| (*t, *n)).collect(),
+            tasks: self.tasks,
         }
     }
 
@@ -169,8 +235,15 @@ impl ManagerState {
     pub fn step(&mut self, event: Event, now: Nanos) -> Decisions {
         let mut work = Work::default();
         self.forgive_own_pause(now);
+        self.now = now;
+        let is_tick = event == Event::Tick;
         let reply = match event {
             Event::Tick => Ok(Reply::Done),
+            Event::Order(order) => self.order(order, &mut work).map(Reply::Accepted),
+            Event::Ended { node, incarnation } => {
+                self.ended(node, incarnation, &mut work);
+                Ok(Reply::Done)
+            }
             Event::Heartbeat(heartbeat) => self.heartbeat(heartbeat, now, &mut work),
             Event::OpenSession { client, description, job } => {
                 self.sessions.open(client, description, job, now).map(|(client, epoch, ended)| {
@@ -196,13 +269,16 @@ impl ManagerState {
         if now >= self.settles_at {
             self.take_in_restarts(&mut work);
             self.bury_the_silent(now, &mut work);
-            self.advance_chains(now, &mut work);
+            self.advance_chains(&mut work);
+            self.go_on_moving(&mut work);
+            if is_tick {
+                self.run_workers(&mut work);
+            }
             for (client, session) in self.sessions.expire(now) {
                 work.note(format!("session of {client} ({}) ran out", session.description));
                 work.writes.insert(Write::Session(client));
             }
         }
-        self.stepped = now;
         self.conclude(reply, work)
     }
 
@@ -210,7 +286,7 @@ impl ManagerState {
     /// they sent may still stand in its sockets. Each gets that time back, but for a few pauses only,
     /// so that a manager on an overloaded machine still finds the dead.
     fn forgive_own_pause(&mut self, now: Nanos) {
-        let pause = now.since(self.stepped);
+        let pause = now.since(self.now);
         if pause <= crate::config::ms(self.timing.heartbeat_ms) {
             return;
         }
@@ -223,7 +299,7 @@ impl ManagerState {
         self.sessions.grant_grace(pause);
     }
 
-    fn heartbeat(&mut self, beat: Heartbeat, now: Nanos, work: &mut Work) -> Result<Reply, WireError> {
+    fn heartbeat(&mut self, mut beat: Heartbeat, now: Nanos, work: &mut Work) -> Result<Reply, WireError> {
         let refuse = |kind, message: String| Err(WireError::new(kind, message));
         let id = beat.node;
         if let Some(node) = self.nodes.get(&id) {
@@ -237,12 +313,15 @@ impl ManagerState {
             return refuse(
                 ErrorKind::NotFound,
                 format!(
-                    "{id} is not among the storage nodes of this cluster; they are fixed when it is made"
+                    "{id} is not among the storage nodes of this cluster: add it with `ff fs node add {id}`"
                 ),
             );
         } else if self.nodes.values().filter(|n| n.role == Role::Meta).count() >= MAX_META_NODES {
             return refuse(ErrorKind::Unavailable, format!("{MAX_META_NODES} meta servers are the limit"));
         }
+        // What was taken out may still be spoken of by a node that has not read so.
+        let graves = &self.graves;
+        beat.targets.retain(|t, _| graves.get(t).is_none_or(|(node, _)| *node != id));
         let foreign = beat.targets.keys().find(|t| self.owners.get(t).is_none_or(|(owner, _)| *owner != id));
         if let Some(target) = foreign {
             return refuse(
@@ -268,13 +347,21 @@ impl ManagerState {
         }
         if beat.incarnation != contact.incarnation {
             if contact.incarnation != Incarnation(0) {
-                node.retired.push(contact.incarnation);
-                let excess = node.retired.len().saturating_sub(MAX_RETIRED);
-                node.retired.drain(..excess);
+                node.retire(contact.incarnation);
                 work.writes.insert(Write::Node(id));
             }
             contact.incarnation = beat.incarnation;
             contact.targets.clear();
+        }
+        // A node has removed its dead when it acts on the table that names them.
+        let removed = |(_, (node, since)): &(&TargetId, &(NodeId, RoutingVersion))| {
+            *node == id && beat.routing_version >= *since
+        };
+        let removed: Vec<TargetId> = self.graves.iter().filter(removed).map(|(t, _)| *t).collect();
+        for target in removed {
+            self.graves.remove(&target);
+            work.writes.insert(Write::Grave(target));
+            work.publishes = true;
         }
         contact.heard = now;
         (contact.grace, contact.pauses) = (Duration::ZERO, 0);
@@ -303,6 +390,22 @@ impl ManagerState {
         }
         work.answers = Some((id, beat.routing_version));
         Ok(Reply::Done)
+    }
+
+    /// Somebody has seen for certain that the process is over. Its last heartbeats may still stand in
+    /// the sockets.
+    fn ended(&mut self, id: NodeId, incarnation: Incarnation, work: &mut Work) {
+        let (Some(node), Some(contact)) = (self.nodes.get_mut(&id), self.contacts.get(&id)) else { return };
+        let is_current = node.incarnation == incarnation && contact.incarnation == incarnation;
+        if self.now < self.settles_at || !node.alive || !is_current {
+            return;
+        }
+        node.alive = false;
+        node.retire(incarnation);
+        work.note(format!("{id}: its process has ended"));
+        work.writes.insert(Write::Node(id));
+        work.publishes = true;
+        self.dirty.extend(chains_of(&self.owners, id));
     }
 
     /// Processes that have started anew. Each of them proves that the process before is dead, so
@@ -338,7 +441,9 @@ impl ManagerState {
                 |t: TargetId| self.owners.get(&t).is_some_and(|(owner, _)| started.contains_key(owner));
             let report = |t| if is_gone(t) { Report::SILENT } else { self.report(t) };
             let chain = &self.chains[&id].chain;
+            // A chain that nobody serves has nobody to lose, and may wait for a reunion.
             if !chain.is_new()
+                && chain.in_state(PublicState::Serving).next().is_some()
                 && let Some(next) = next_chain(chain, report)
             {
                 self.adopt(next, work);
@@ -361,62 +466,6 @@ impl ManagerState {
         }
     }
 
-    fn advance_chains(&mut self, now: Nanos, work: &mut Work) {
-        for id in std::mem::take(&mut self.dirty) {
-            let Some(entry) = self.chains.get(&id) else { continue };
-            let chain = &entry.chain;
-            let next = if chain.is_new() {
-                let all_up =
-                    chain.members.iter().all(|m| self.report(m.target).local != Report::SILENT.local);
-                if !all_up && now < self.bootstraps_until {
-                    // Looked at again with the next tick.
-                    work.later.insert(id);
-                    continue;
-                }
-                let next = start_chain(chain, |t| self.report(t));
-                if next.is_none() {
-                    work.later.insert(id);
-                }
-                next
-            } else {
-                next_chain(chain, |t| self.report(t))
-            };
-            if let Some(next) = next {
-                self.adopt(next, work);
-            }
-        }
-        self.dirty.append(&mut work.later);
-    }
-
-    /// What counts as known about a target now.
-    fn report(&self, target: TargetId) -> Report {
-        let known = || {
-            let (owner, _) = self.owners.get(&target)?;
-            let (node, contact) = (self.nodes.get(owner)?, self.contacts.get(owner)?);
-            let counts = node.alive && node.incarnation == contact.incarnation;
-            let status = contact.targets.get(&target).filter(|_| counts)?;
-            Some(Report { local: status.local, synced_at: status.synced_at })
-        };
-        known().unwrap_or(Report::SILENT)
-    }
-
-    fn adopt(&mut self, next: Chain, work: &mut Work) {
-        debug_assert_eq!(next.check(), Ok(()));
-        let id = next.id;
-        let Some(entry) = self.chains.get_mut(&id) else { return };
-        for target in entry.chain.in_state(PublicState::Serving) {
-            if next.state_of(target) != Some(PublicState::Serving)
-                && let Some((owner, _)) = self.owners.get(&target)
-            {
-                work.fenced.insert(*owner);
-            }
-        }
-        work.note(format!("{id} {} -> {}", show(&entry.chain), show(&next)));
-        entry.chain = next;
-        work.writes.insert(Write::Chain(id));
-        work.publishes = true;
-    }
-
     fn conclude(&mut self, reply: Result<Reply, WireError>, mut work: Work) -> Decisions {
         if work.publishes {
             self.routing_version = RoutingVersion(self.routing_version.0 + 1);
@@ -425,6 +474,11 @@ impl ManagerState {
         for node in work.fenced {
             if let Some(contact) = self.contacts.get_mut(&node) {
                 contact.fence = self.routing_version;
+            }
+        }
+        for target in work.buried {
+            if let Some((_, since)) = self.graves.get_mut(&target) {
+                *since = self.routing_version;
             }
         }
         let reply = reply.map(|reply| match work.answers {
@@ -467,37 +521,48 @@ impl ManagerState {
 impl NodeEntry {
     /// A node that has not been heard yet.
     pub fn new(role: Role) -> Self {
-        Self { role, address: String::new(), alive: false, incarnation: Incarnation(0), retired: Vec::new() }
+        Self {
+            role,
+            address: String::new(),
+            alive: false,
+            incarnation: Incarnation(0),
+            retired: Vec::new(),
+            draining: false,
+        }
+    }
+
+    fn retire(&mut self, incarnation: Incarnation) {
+        if !self.retired.contains(&incarnation) {
+            self.retired.push(incarnation);
+            let excess = self.retired.len().saturating_sub(MAX_RETIRED);
+            self.retired.drain(..excess);
+        }
     }
 }
 
 /// What one step has brought about so far.
 #[derive(Default)]
-struct Work {
-    writes: BTreeSet<Write>,
-    publishes: bool,
+pub(crate) struct Work {
+    pub(crate) writes: BTreeSet<Write>,
+    pub(crate) publishes: bool,
     notes: Vec<String>,
-    fenced: BTreeSet<NodeId>,
-    later: BTreeSet<ChainId>,
+    pub(crate) fenced: BTreeSet<NodeId>,
+    pub(crate) later: BTreeSet<ChainId>,
+    /// Targets taken out for good.
+    pub(crate) buried: BTreeSet<TargetId>,
     /// The node whose heartbeat is answered, and the version that it acts on.
     answers: Option<(NodeId, RoutingVersion)>,
 }
 
 impl Work {
-    fn note(&mut self, note: String) {
+    pub(crate) fn note(&mut self, note: String) {
         self.notes.push(note);
     }
 }
 
-fn chains_of(
+pub(crate) fn chains_of(
     owners: &BTreeMap<TargetId, (NodeId, ChainId)>,
     node: NodeId,
 ) -> impl Iterator<Item = ChainId> + '_ {
     owners.values().filter(move |(owner, _)| *owner == node).map(|(_, chain)| *chain)
-}
-
-fn show(chain: &Chain) -> String {
-    let member = |m: &fs3_core::chain::Member| format!("{} {:?}", m.target, m.state).to_lowercase();
-    let members: Vec<_> = chain.members.iter().map(member).collect();
-    format!("{}: {}", chain.version, members.join(", "))
 }

@@ -10,15 +10,15 @@ use firefly_types::{
 use fs3_core::chain::{LocalState, PublicState};
 use std::time::Duration;
 
-struct Bench {
-    state: ManagerState,
-    settings: MgmtdSettings,
-    now: Nanos,
+pub(crate) struct Bench {
+    pub(crate) state: ManagerState,
+    pub(crate) settings: MgmtdSettings,
+    pub(crate) now: Nanos,
 }
 
 impl Bench {
     /// Three storage nodes, six chains of two.
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let settings = MgmtdSettings::new(vec![NodeId(3), NodeId(4), NodeId(5)]);
         let tables = bootstrap::first_tables(&settings).unwrap();
         let now = Nanos(1);
@@ -26,7 +26,7 @@ impl Bench {
     }
 
     /// All nodes have come and all chains serve.
-    fn running() -> Self {
+    pub(crate) fn running() -> Self {
         let mut bench = Self::new();
         for node in [3, 4, 5] {
             bench.beat(node, 1);
@@ -37,12 +37,12 @@ impl Bench {
         bench
     }
 
-    fn step(&mut self, event: Event) -> Decisions {
+    pub(crate) fn step(&mut self, event: Event) -> Decisions {
         self.state.step(event, self.now)
     }
 
     /// Lets time pass in ticks, while `beating` nodes go on.
-    fn run(&mut self, ms: u64, beating: &[(u32, u64)]) {
+    pub(crate) fn run(&mut self, ms: u64, beating: &[(u32, u64)]) {
         for passed in (0..ms).step_by(100) {
             self.now = self.now.after(Duration::from_millis(100));
             if passed % 500 == 0 {
@@ -54,20 +54,29 @@ impl Bench {
         }
     }
 
-    fn heartbeat(&self, node: u32, incarnation: u64) -> Heartbeat {
+    pub(crate) fn heartbeat(&self, node: u32, incarnation: u64) -> Heartbeat {
+        // What has been asked to stop serving does, and a grave is cleared.
+        let retires = |t: &TargetId| {
+            self.state.chains.values().filter_map(|e| e.moving).any(|m| m.retiring && m.from == *t)
+        };
         let own = self.state.owners.iter().filter(|(_, (owner, _))| owner.0 == node);
         Heartbeat {
             node: NodeId(node),
             role: Role::Storage,
             incarnation: Incarnation(incarnation),
             address: format!("127.0.0.1:{node}"),
-            targets: own.map(|(t, _)| (*t, status(LocalState::Online, 0))).collect(),
+            targets: own
+                .map(|(t, _)| {
+                    let local = if retires(t) { LocalState::Offline } else { LocalState::Online };
+                    (*t, status(local, 0))
+                })
+                .collect(),
             routing_version: self.state.routing_version(),
         }
     }
 
     /// The lease that the beat gets.
-    fn beat(&mut self, node: u32, incarnation: u64) -> Duration {
+    pub(crate) fn beat(&mut self, node: u32, incarnation: u64) -> Duration {
         let beat = self.heartbeat(node, incarnation);
         match self.step(Event::Heartbeat(beat)).reply.unwrap() {
             Reply::Lease { lease, .. } => lease,
@@ -75,18 +84,18 @@ impl Bench {
         }
     }
 
-    fn refusal(&mut self, event: Event) -> ErrorKind {
+    pub(crate) fn refusal(&mut self, event: Event) -> ErrorKind {
         let before = self.state.tables();
         let decisions = self.step(event);
         assert_eq!(self.state.tables(), before, "a refused request left a trace");
         decisions.reply.unwrap_err().kind
     }
 
-    fn states(&self, chain: u32) -> Vec<PublicState> {
+    pub(crate) fn states(&self, chain: u32) -> Vec<PublicState> {
         self.state.chain(ChainId(chain)).unwrap().members.iter().map(|m| m.state).collect()
     }
 
-    fn open(
+    pub(crate) fn open(
         &mut self,
         client: Option<u64>,
         job: Option<(u64, u32)>,
@@ -108,7 +117,7 @@ impl Bench {
     }
 }
 
-fn status(local: LocalState, synced_at: u64) -> TargetStatus {
+pub(crate) fn status(local: LocalState, synced_at: u64) -> TargetStatus {
     TargetStatus {
         local,
         synced_at: ChainVersion(synced_at),
@@ -116,6 +125,7 @@ fn status(local: LocalState, synced_at: u64) -> TargetStatus {
         capacity_bytes: 0,
         reason: String::new(),
         is_volatile: false,
+        scrub: Default::default(),
     }
 }
 
@@ -201,8 +211,11 @@ fn after_a_total_outage_any_complete_replica_brings_the_chain_back_with_its_data
     let mut bench = Bench::running();
     bench.run(3000, &[]);
     assert_eq!(bench.states(1), [PublicState::LastSrv; 2]);
-    // Not the head, but the other one comes back, as a new process.
+    // Not the head, but the other one comes back, as a new process. It waits for its like, but not
+    // for long.
     bench.beat(4, 2);
+    assert_eq!(bench.states(1), [PublicState::LastSrv; 2]);
+    bench.run(1800, &[(4, 2)]);
     assert_eq!(bench.states(1), [PublicState::Serving, PublicState::Offline]);
     let serving = bench.state.chain(ChainId(1)).unwrap().members[0].target;
     assert_eq!(bench.state.owners[&serving].0, NodeId(4));
@@ -241,7 +254,10 @@ fn a_restarted_manager_renews_at_once_and_changes_nothing_before_it_has_settled(
     assert_eq!(bench.state.tables().chains, tables.chains);
     bench.run(400, &[(3, 1), (4, 9)]);
     assert_eq!(bench.states(1), [PublicState::Serving, PublicState::Syncing], "n4 has started anew");
-    // n5 has never come. It was in the last serving set as n4 was, so n4 goes on alone.
+    // n5 has never come. It was in the last serving set as n4 was: n4 waits a while, then goes on
+    // alone.
+    assert_eq!(bench.states(2), [PublicState::LastSrv; 2]);
+    bench.run(1500, &[(3, 1), (4, 9)]);
     assert_eq!(bench.states(2), [PublicState::Serving, PublicState::Offline]);
     assert_eq!(bench.states(3), [PublicState::Serving, PublicState::Offline]);
 }
@@ -253,8 +269,25 @@ fn after_everything_was_restarted_every_chain_serves_again_by_itself() {
     bench.state = ManagerState::new(bench.settings.clone(), tables, bench.now);
     bench.run(3200, &[(3, 2), (4, 2), (5, 2)]);
     for id in 1..=6 {
-        assert_eq!(bench.states(id), [PublicState::Serving, PublicState::Syncing], "c{id}");
+        assert_eq!(bench.states(id), [PublicState::Serving; 2], "c{id}: nobody has to be filled");
     }
+}
+
+#[test]
+fn members_of_the_last_serving_set_that_come_back_in_time_are_not_filled() {
+    let mut bench = Bench::running();
+    bench.run(3000, &[]);
+    bench.beat(3, 2);
+    bench.run(1000, &[(3, 2)]);
+    assert_eq!(bench.states(1), [PublicState::LastSrv; 2], "the other may be about to come");
+    bench.beat(4, 2);
+    assert_eq!(bench.states(1), [PublicState::Serving; 2]);
+    // One that restarts while its chain waits does not end the waiting.
+    assert_eq!(bench.states(3), [PublicState::LastSrv; 2]);
+    bench.beat(3, 3);
+    assert_eq!(bench.states(3), [PublicState::LastSrv; 2]);
+    bench.beat(5, 2);
+    assert_eq!(bench.states(2), [PublicState::Serving; 2]);
 }
 
 #[test]

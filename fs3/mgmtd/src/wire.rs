@@ -1,7 +1,8 @@
 //! Between the wire's messages and the state's own types: requests are validated here, the routing
 //! table is built here.
 
-use crate::event::{Event, Heartbeat, Role, TargetStatus};
+use crate::event::{Event, Heartbeat, Order, Role, ScrubProgress, TargetStatus, WorkerReport};
+use crate::moves::Cause;
 use crate::state::ManagerState;
 use firefly_proto::mgmtd as pb;
 use firefly_types::{
@@ -9,6 +10,7 @@ use firefly_types::{
     SessionEpoch, TargetId, WireError,
 };
 use fs3_core::chain::{LocalState, PublicState};
+use fs3_core::worker::Activity;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
@@ -67,6 +69,7 @@ pub(crate) fn heartbeat(request: pb::HeartbeatRequest) -> Result<Event, WireErro
             capacity_bytes: report.capacity_bytes,
             reason: cut(&report.reason, MAX_REASON).to_owned(),
             is_volatile: report.is_volatile,
+            scrub: report.scrub.map(scrub).unwrap_or_default(),
         };
         if targets.insert(target, status).is_some() {
             return Err(invalid(format!("{target} is reported twice")));
@@ -80,6 +83,68 @@ pub(crate) fn heartbeat(request: pb::HeartbeatRequest) -> Result<Event, WireErro
         targets,
         routing_version: RoutingVersion(request.routing_version),
     }))
+}
+
+fn scrub(progress: pb::ScrubProgress) -> ScrubProgress {
+    let pb::ScrubProgress {
+        pass,
+        done,
+        chunks_checked,
+        chunks_total,
+        bytes_checked,
+        blocks_repaired,
+        chunks_bad,
+    } = progress;
+    ScrubProgress { pass, done, chunks_checked, chunks_total, bytes_checked, blocks_repaired, chunks_bad }
+}
+
+fn scrub_info(progress: &ScrubProgress) -> pb::ScrubProgress {
+    let ScrubProgress {
+        pass,
+        done,
+        chunks_checked,
+        chunks_total,
+        bytes_checked,
+        blocks_repaired,
+        chunks_bad,
+    } = *progress;
+    pb::ScrubProgress { pass, done, chunks_checked, chunks_total, bytes_checked, blocks_repaired, chunks_bad }
+}
+
+pub(crate) fn order(request: pb::AdministerRequest) -> Result<Event, WireError> {
+    use pb::administer_request::Order as Wanted;
+    let node = |id: u32| match id {
+        0 => Err(invalid("a node id is a number above 0".into())),
+        id => Ok(NodeId(id)),
+    };
+    let order = match request.order {
+        Some(Wanted::AddNode(o)) => Order::AddNode(node(o.node_id)?),
+        Some(Wanted::RemoveNode(o)) => Order::RemoveNode(node(o.node_id)?),
+        Some(Wanted::DrainNode(o)) if o.cancel => Order::UndrainNode(node(o.node_id)?),
+        Some(Wanted::DrainNode(o)) => Order::DrainNode(node(o.node_id)?),
+        Some(Wanted::DrainTarget(o)) => Order::DrainTarget(TargetId(o.target_id)),
+        Some(Wanted::ReplaceTarget(o)) => Order::ReplaceTarget(TargetId(o.target_id)),
+        Some(Wanted::Rebalance(o)) => Order::Rebalance { start: !o.stop },
+        Some(Wanted::Scrub(o)) => Order::Scrub { start: !o.stop, rate_bytes: o.rate_bytes },
+        None => return Err(invalid("an order that this release does not know".into())),
+    };
+    Ok(Event::Order(order))
+}
+
+pub(crate) fn workers(reports: Vec<WorkerReport>) -> pb::ListWorkersReply {
+    let info = |report: WorkerReport| pb::WorkerInfo {
+        name: report.name.to_owned(),
+        state: match report.status.activity {
+            Activity::Idle => pb::WorkerState::Idle,
+            Activity::Working => pb::WorkerState::Working,
+            Activity::Blocked => pb::WorkerState::Blocked,
+        } as i32,
+        done: report.status.done,
+        total: report.status.total,
+        detail: report.status.detail,
+        throttle: report.throttle,
+    };
+    pb::ListWorkersReply { workers: reports.into_iter().map(info).collect() }
 }
 
 pub(crate) fn open_session(request: pb::OpenSessionRequest) -> Result<Event, WireError> {
@@ -135,7 +200,9 @@ pub(crate) fn routing_table(state: &ManagerState, now: Nanos) -> pb::RoutingTabl
         alive: node.alive,
         incarnation: node.incarnation.0,
         silent_ms: state.heard_of(*id, now).map_or(0, |d| d.as_millis() as u64),
+        draining: node.draining,
     });
+    let moving = |chain| state.chains.get(&chain).and_then(|entry| entry.moving);
     let targets = state.owners.iter().map(|(id, (node, chain))| {
         let status = state.target_status(*id);
         let local = match status.map(|s| s.local) {
@@ -156,6 +223,8 @@ pub(crate) fn routing_table(state: &ManagerState, now: Nanos) -> pb::RoutingTabl
             capacity_bytes: status.map_or(0, |s| s.capacity_bytes),
             reason: status.map(|s| s.reason.clone()).unwrap_or_default(),
             is_volatile: status.is_some_and(|s| s.is_volatile),
+            retiring: moving(*chain).is_some_and(|m| m.retiring && m.from == *id),
+            scrub: status.map(|s| scrub_info(&s.scrub)).filter(|s| s.pass > 0),
         }
     });
     let chains = state.chains.iter().map(|(id, entry)| pb::ChainInfo {
@@ -164,18 +233,34 @@ pub(crate) fn routing_table(state: &ManagerState, now: Nanos) -> pb::RoutingTabl
         targets: entry.chain.members.iter().map(|m| m.target.0).collect(),
         states: entry.chain.members.iter().map(|m| public(m.state) as i32).collect(),
         preferred: entry.preferred.iter().map(|t| t.0).collect(),
+        moving: entry.moving.map(|m| pb::MoveInfo {
+            from: m.from.0,
+            to: m.to.0,
+            cause: match m.cause {
+                Cause::Rebuild => pb::MoveCause::Rebuild,
+                Cause::Drain => pb::MoveCause::Drain,
+                Cause::Rebalance => pb::MoveCause::Rebalance,
+                Cause::Replace => pb::MoveCause::Replace,
+            } as i32,
+        }),
     });
-    let replication = state.chains.values().map(|c| c.preferred.len()).max().unwrap_or(0);
+    let graves = state.graves.iter().map(|(t, (n, _))| pb::Grave { target_id: t.0, node_id: n.0 });
     pb::RoutingTable {
         version: state.routing_version.0,
         nodes: nodes.collect(),
         targets: targets.collect(),
         chains: chains.collect(),
         min_write_replicas: state.settings.effective_min_write_replicas(),
-        replication: replication as u32,
+        replication: state.replication,
         chunk_bytes: state.settings.chunk_bytes.0 as u32,
         // Chains are numbered in stripe order.
         stripe_chains: state.chains.keys().map(|c| c.0).collect(),
+        graves: graves.collect(),
+        scrub: Some(pb::ScrubOrder {
+            pass: state.tasks.scrub_pass,
+            active: state.tasks.scrubbing,
+            rate_bytes: state.tasks.scrub_rate,
+        }),
     }
 }
 

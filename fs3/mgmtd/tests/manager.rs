@@ -29,6 +29,8 @@ fn timing() -> Timing {
         takeover_ms: 100,
         bootstrap_ms: 600_000,
         session_ms: 20_000,
+        rotate_ms: 50,
+        ..Timing::default()
     }
 }
 
@@ -122,6 +124,7 @@ impl FakeNode {
                     targets: own.map(report).collect(),
                     routing_version: table.version,
                     format_version: 1,
+                    process: None,
                 };
                 match client.heartbeat(request).await {
                     Ok(reply) => {

@@ -10,6 +10,7 @@ use firefly_types::{ChainId, ChainVersion, ChunkId, ErrorKind, TargetId, WireErr
 use fs3_core::target::{Action, Answer, Context, Event, Forward, Handle, Meta, Target, Update, WriteError};
 use prost::Message;
 use std::collections::HashMap;
+use std::ops::Bound;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
@@ -106,6 +107,33 @@ impl<D: Disk + 'static> Host<D> {
     /// Lets go of the disk though calls that still run hold this host.
     pub(crate) fn release(&self) {
         self.engine.disk().release();
+    }
+
+    pub(crate) fn id(&self) -> TargetId {
+        self.id
+    }
+
+    /// Whether it serves, as far as it knows.
+    pub(crate) fn serves(&self) -> bool {
+        lock(&self.machine).chain().is_some_and(|c| c.serving.contains(&self.id))
+    }
+
+    /// The first committed chunk after this one, and how many there are in all.
+    pub(crate) fn chunk_after(&self, after: Option<ChunkId>) -> (Option<ChunkId>, u64) {
+        let machine = lock(&self.machine);
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let next = machine.committed().range((from, Bound::Unbounded)).next().map(|(chunk, _)| *chunk);
+        (next, machine.committed().len() as u64)
+    }
+
+    /// Reads a chunk as a whole, verifies it, and repairs it from other replicas: bytes read and
+    /// blocks repaired. A chunk that has gone meanwhile is in order.
+    pub(crate) async fn check_chunk(self: &Arc<Self>, chunk: ChunkId) -> Result<(u64, u64), EngineError> {
+        let Some(plan) = self.engine.plan_read(chunk, false) else { return Ok((0, 0)) };
+        let length = plan.meta().length as usize;
+        let pool = self.around.client().pool().clone();
+        let (_, repaired) = self.read_plan(plan, 0, length, &pool).await?;
+        Ok((length as u64, repaired))
     }
 
     fn arc(&self) -> Option<Arc<Self>> {
@@ -352,7 +380,7 @@ impl<D: Disk + 'static> Host<D> {
                     let meta = plan.meta();
                     let pool = host.around.client().pool().clone();
                     match host.read_plan(plan, 0, meta.length as usize, &pool).await {
-                        Ok(bytes) => Some((meta, bytes)),
+                        Ok((bytes, _)) => Some((meta, bytes)),
                         Err(error) => {
                             tracing::warn!(target_id = %host.id, %chunk, %error, "a chunk cannot be copied now");
                             None
@@ -364,17 +392,18 @@ impl<D: Disk + 'static> Host<D> {
         });
     }
 
-    /// Reads and verifies; a corrupt block is fetched from another replica, once each.
+    /// Reads and verifies; a corrupt block is fetched from another replica, once each. The bytes,
+    /// and how many blocks were repaired.
     async fn read_plan(
         self: &Arc<Self>,
         plan: ReadPlan,
         offset: usize,
         length: usize,
         pool: &BufPool,
-    ) -> Result<Buf, EngineError> {
+    ) -> Result<(Buf, u64), EngineError> {
         let plan = Arc::new(plan);
         let mut buffer = pool.alloc(length).await;
-        let mut repaired = None;
+        let (mut repaired, mut repairs) = (None, 0);
         loop {
             let (host, held) = (Arc::clone(self), Arc::clone(&plan));
             let read = tokio::task::spawn_blocking(move || {
@@ -387,7 +416,7 @@ impl<D: Disk + 'static> Host<D> {
             match result {
                 Ok(()) => {
                     buffer.set_len(length);
-                    return Ok(buffer.freeze());
+                    return Ok((buffer.freeze(), repairs));
                 }
                 Err(EngineError::Corrupt { chunk, index, block }) => {
                     tracing::warn!(target_id = %self.id, %chunk, index, block, "a block fails its checksum");
@@ -395,6 +424,7 @@ impl<D: Disk + 'static> Host<D> {
                         return Err(EngineError::Corrupt { chunk, index, block });
                     }
                     repaired = Some(index);
+                    repairs += 1;
                 }
                 Err(error) => return Err(error),
             }
@@ -465,7 +495,7 @@ impl<D: Disk + 'static> Host<D> {
             return Ok((Some(meta), None, grant.dirty));
         }
         let read = self.read_plan(plan, offset as usize, length, pool).await;
-        let bytes = read.map_err(|e| {
+        let (bytes, _) = read.map_err(|e| {
             WireError::new(
                 e.kind(),
                 format!("target {}: {e}; another replica has the data: ask there", self.id),

@@ -18,6 +18,7 @@ pub mod engine;
 mod host;
 mod manager;
 mod node;
+mod scrub;
 mod serve;
 mod service;
 mod wire;

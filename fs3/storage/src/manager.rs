@@ -16,7 +16,7 @@ type Manager = ManagerClient<Authenticated>;
 
 /// Before the manager has said how often, and after an error.
 const RETRY: Duration = Duration::from_millis(200);
-/// No heartbeat waits longer for its answer: a lease counted from so long ago is worth little.
+/// No heartbeat waits longer for its answer, before the manager has said how often it wants one.
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(2);
 const ROUTING_WAIT: Duration = Duration::from_secs(10);
 
@@ -38,6 +38,9 @@ pub(crate) async fn heartbeats(
     mut manager: Manager,
     stop: CancellationToken,
 ) {
+    let process = firefly_proto::process::of_self();
+    // The answer to one that is lost must not be waited for until the lease is over.
+    let mut patience = HEARTBEAT_TIMEOUT;
     loop {
         let request = pb::HeartbeatRequest {
             node_id,
@@ -47,10 +50,11 @@ pub(crate) async fn heartbeats(
             targets: node.reports(),
             routing_version: node.routing_version(),
             format_version: crate::engine::FORMAT_VERSION,
+            process: process.clone(),
         };
         // The lease runs from here, not from the answer: the manager may count from no later.
         let sent = now();
-        let wait = match tokio::time::timeout(HEARTBEAT_TIMEOUT, manager.heartbeat(request)).await {
+        let wait = match tokio::time::timeout(patience, manager.heartbeat(request)).await {
             Ok(Ok(reply)) => {
                 let reply = reply.into_inner();
                 // Only on what the manager has published so far: a process that has just started may
@@ -59,7 +63,10 @@ pub(crate) async fn heartbeats(
                 if node.routing_version() >= reply.routing_version {
                     node.extend_lease(sent.after(Duration::from_millis(reply.lease_ms.into())));
                 }
-                Duration::from_millis(reply.interval_ms.max(10).into())
+                let interval = Duration::from_millis(reply.interval_ms.max(10).into());
+                // The manager asserts that a lease is at least three intervals.
+                patience = HEARTBEAT_TIMEOUT.min(2 * interval);
+                interval
             }
             Ok(Err(status)) => {
                 tracing::warn!(%status, "the manager refused a heartbeat or is away");

@@ -6,15 +6,16 @@
 use crate::StorageConfig;
 use crate::engine::{Engine, EngineOptions, FileDisk, Header};
 use crate::host::{Host, Surroundings};
+use crate::scrub::{self, Order, Progress};
 use firefly_net::{BufPool, Client, Traffic};
 use firefly_proto::mgmtd as pb;
 use firefly_types::{ChainId, ChainVersion, ErrorKind, Nanos, TargetId, WireError, lock};
 use fs3_core::chain::PublicState;
 use fs3_core::target::{ChainView, Event, Target, TargetOptions, Tenure, Verdict};
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 
 pub(crate) type TargetHost = Host<FileDisk>;
 
@@ -26,6 +27,8 @@ struct Slot {
     /// Open and running, or why not.
     state: Result<Running, String>,
     tenure: Tenure,
+    /// It was asked to stop serving, and has.
+    retired: bool,
 }
 
 struct Running {
@@ -44,6 +47,8 @@ pub(crate) struct Node {
     routing_version: Mutex<u64>,
     lease_until: Mutex<Nanos>,
     pub(crate) wake_report: Notify,
+    scrub_order: watch::Sender<Order>,
+    pub(crate) scrubs: Mutex<HashMap<TargetId, Progress>>,
 }
 
 impl Surroundings for Node {
@@ -74,6 +79,8 @@ impl Node {
             routing_version: Mutex::new(0),
             lease_until: Mutex::default(),
             wake_report: Notify::new(),
+            scrub_order: watch::Sender::default(),
+            scrubs: Mutex::default(),
         })
     }
 
@@ -126,6 +133,21 @@ impl Node {
         slots.values().filter_map(|s| s.state.as_ref().ok()).map(|r| Arc::clone(&r.host)).collect()
     }
 
+    /// Hosts of the targets that serve, in order of their ids.
+    pub(crate) fn serving_hosts(&self) -> Vec<Arc<TargetHost>> {
+        let mut hosts: Vec<_> = self.hosts().into_iter().filter(|h| h.serves()).collect();
+        hosts.sort_by_key(|h| h.id());
+        hosts
+    }
+
+    pub(crate) fn data_dir(&self) -> &Path {
+        &self.config.data_dir
+    }
+
+    pub(crate) fn scrub_orders(&self) -> watch::Receiver<Order> {
+        self.scrub_order.subscribe()
+    }
+
     pub(crate) fn tick(&self) {
         for host in self.hosts() {
             host.step(Event::Tick);
@@ -152,13 +174,69 @@ impl Node {
             let Some(chain) = table.chains.iter().find(|c| c.chain_id == info.chain_id) else { continue };
             let Some(at) = chain.targets.iter().position(|t| *t == info.target_id) else { continue };
             let Some(state) = chain.states.get(at).and_then(|s| public_state(*s)) else { continue };
+            if self.retire_or_return(target, chain.chain_id, info.retiring) {
+                continue;
+            }
             self.settle(target, chain, state);
             self.tell(target, chain, table.min_write_replicas);
+        }
+        let own = |t: &TargetId| {
+            table.targets.iter().any(|i| i.target_id == t.0 && i.node_id == self.config.node_id.0)
+        };
+        let gone: Vec<TargetId> = lock(&self.slots).keys().filter(|t| !own(t)).copied().collect();
+        for target in gone {
+            // Before its folder goes, if it does: only what the manager names as taken out for good.
+            let slot = lock(&self.slots).remove(&target);
+            if let Some(mut slot) = slot {
+                slot.close();
+            }
+        }
+        for grave in table.graves.iter().filter(|g| g.node_id == self.config.node_id.0) {
+            self.bury(TargetId(grave.target_id));
+        }
+        if let Some(order) = table.scrub {
+            let order = Order { pass: order.pass, active: order.active, rate: order.rate_bytes };
+            self.scrub_order.send_if_modified(|old| std::mem::replace(old, order) != order);
         }
         // Last: a heartbeat that names this version says that the targets act on it, and the manager
         // believes reports accordingly.
         *lock(&self.routing_version) = table.version;
         self.wake_report.notify_one();
+    }
+
+    /// A target that takes another's place is in: this one stops serving and says so, upon which the
+    /// manager takes it out of the chain. `false` if it is to be used; also when the chain, having
+    /// lost everybody else, wants it back.
+    fn retire_or_return(&self, target: TargetId, chain: u32, retiring: bool) -> bool {
+        let mut slots = lock(&self.slots);
+        let slot = slots.entry(target).or_insert_with(|| Slot::new(ChainId(chain)));
+        if retiring && !slot.retired {
+            slot.retired = true;
+            let mut slot = std::mem::replace(slot, Slot { retired: true, ..Slot::new(ChainId(chain)) });
+            drop(slots);
+            tracing::info!(%target, "another target has taken its place: it stops serving");
+            slot.close();
+            let mut slots = lock(&self.slots);
+            if let Some(slot) = slots.get_mut(&target) {
+                slot.state = Err("another target has taken its place".into());
+            }
+        } else if !retiring && slot.retired {
+            // As at a start of the process: the folder holds what it held.
+            *slot = Slot::new(ChainId(chain));
+        }
+        retiring
+    }
+
+    /// Removes what is left of a target that was taken out of its chain for good.
+    fn bury(&self, target: TargetId) {
+        let dir = self.dir(target);
+        scrub::forget(&self.config.data_dir, target);
+        lock(&self.scrubs).remove(&target);
+        match std::fs::remove_dir_all(&dir) {
+            Ok(()) => tracing::info!(%target, "another target has taken its place: its folder is removed"),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!(%target, %error, "{} cannot be removed", dir.display()),
+        }
     }
 
     /// Opens the target's folder, or empties it, as its public state demands.
@@ -167,11 +245,7 @@ impl Node {
         let is_empty = !self.dir(target).join("header").exists();
         let (verdict, mut slot) = {
             let mut slots = lock(&self.slots);
-            let slot = slots.entry(target).or_insert_with(|| Slot {
-                chain: chain_id,
-                tenure: Tenure::default(),
-                state: Err("it has not been opened".into()),
-            });
+            let slot = slots.entry(target).or_insert_with(|| Slot::new(chain_id));
             let verdict = slot.tenure.settle(state, ChainVersion(chain.version), is_empty);
             if verdict == Verdict::Keep {
                 // It stays in the map: a heartbeat at this moment must not miss it.
@@ -282,6 +356,7 @@ impl Node {
                     None => pb::LocalState::Online,
                 });
                 report.reason = offline.unwrap_or_default();
+                report.scrub = lock(&self.scrubs).get(target).map(Progress::message);
                 report
             })
             .collect();
@@ -310,6 +385,10 @@ fn public_state(raw: i32) -> Option<PublicState> {
 }
 
 impl Slot {
+    fn new(chain: ChainId) -> Self {
+        Self { chain, tenure: Tenure::default(), state: Err("it has not been opened".into()), retired: false }
+    }
+
     /// Ends the target's thread and closes its files; says how its disk had failed, if it had.
     fn close(&mut self) -> Option<String> {
         match std::mem::replace(&mut self.state, Err("closed".into())) {

@@ -128,6 +128,7 @@ pub async fn serve(config: StorageConfig, stop: CancellationToken) -> Result<Run
             manager.clone(),
             stop.clone(),
         )),
+        tokio::spawn(crate::scrub::run(Arc::clone(&node), stop.clone())),
         tokio::spawn(manager::routing(Arc::clone(&node), manager, stop)),
     ];
     Ok(Running { addr, node, tasks })

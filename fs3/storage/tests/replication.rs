@@ -156,3 +156,85 @@ async fn corrupt_blocks_are_read_from_the_other_replica_and_healed() {
     assert_eq!((repaired(1), repaired(2)), (1, 2));
     assert_eq!(cluster.manager.reason(2), "");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scrub_finds_what_nobody_reads_repairs_it_and_goes_on_after_a_restart() {
+    let mut cluster = Cluster::start(2).await;
+    let mut client = cluster.client(1);
+    for index in 0..200 {
+        client.write(index, 0, &pattern(u64::from(index), 40_000)).await;
+    }
+    let rotten = pattern(150, 40_000);
+    corrupt_block(&cluster.target_dir(2), &rotten[16 << 10..17 << 10]);
+    // Slow enough to be seen on its way.
+    cluster.manager.scrub(7, 4_000_000);
+    eventually(|| cluster.manager.scrubbed(2).chunks_checked > 70).await;
+    assert!(!cluster.manager.scrubbed(2).done);
+    cluster.stop_node(2).await;
+    // The chain went on without it, and it is filled; its pass goes on behind what it has checked.
+    cluster.start_node(2).await;
+    cluster.manager.wait_serving(2).await;
+    cluster.manager.scrub(7, 1 << 30);
+    eventually(|| (1..=2).all(|t| cluster.manager.scrubbed(t).done)).await;
+    let done = cluster.manager.scrubbed(2);
+    assert_eq!((done.pass, done.chunks_checked, done.chunks_bad), (7, 200, 0));
+    // A new pass over a block that rots now.
+    corrupt_block(&cluster.target_dir(1), &rotten[16 << 10..17 << 10]);
+    cluster.manager.scrub(8, 1 << 30);
+    eventually(|| (1..=2).all(|t| cluster.manager.scrubbed(t).done && cluster.manager.scrubbed(t).pass == 8))
+        .await;
+    let repaired = [1, 2].map(|t| cluster.manager.scrubbed(t).blocks_repaired);
+    assert_eq!(repaired, [1, 0]);
+    assert!(client.read_everywhere(150, 1 << 20).await == rotten);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_no_replica_can_repair_is_counted() {
+    let cluster = Cluster::start(1).await;
+    let mut client = cluster.client(1);
+    let whole = pattern(1, 40_000);
+    client.write(0, 0, &whole).await;
+    corrupt_block(&cluster.target_dir(1), &whole[16 << 10..17 << 10]);
+    cluster.manager.scrub(1, 1 << 30);
+    eventually(|| cluster.manager.scrubbed(1).done).await;
+    assert_eq!((cluster.manager.scrubbed(1).chunks_bad, cluster.manager.scrubbed(1).blocks_repaired), (1, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_target_that_is_asked_to_stop_does_and_is_removed_only_when_it_is_buried() {
+    let mut cluster = Cluster::start(3).await;
+    let mut client = cluster.client(1);
+    let whole = pattern(1, 100_000);
+    client.write(0, 0, &whole).await;
+    cluster.manager.retire(Some(3));
+    cluster.manager.wait_serving(2).await;
+    assert!(cluster.manager.reason(3).contains("taken its place"), "{}", cluster.manager.reason(3));
+    assert!(cluster.target_dir(3).join("header").exists());
+    // A restart does not bring it back.
+    cluster.stop_node(3).await;
+    cluster.start_node(3).await;
+    client.write(0, 50_000, &[7; 100]).await;
+    assert_eq!(cluster.manager.chain().in_state(PublicState::Serving).count(), 2);
+    // Wanted back, it is filled like any other.
+    cluster.manager.retire(None);
+    cluster.manager.wait_serving(3).await;
+    let mut model = whole;
+    model[50_000..50_100].fill(7);
+    assert!(client.read_everywhere(0, 1 << 20).await == model);
+    cluster.manager.retire(Some(3));
+    cluster.manager.wait_serving(2).await;
+    cluster.manager.bury(3);
+    let dir = cluster.target_dir(3);
+    eventually(|| !dir.exists()).await;
+    assert!(client.read_everywhere(0, 1 << 20).await == model);
+}
+
+/// Waits until `condition` holds; a hang fails.
+async fn eventually(condition: impl Fn() -> bool) {
+    let waiting = async {
+        while !condition() {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(60), waiting).await.expect("it does not come to be");
+}

@@ -6,6 +6,7 @@
 mod bare;
 mod channel;
 mod iperf;
+mod kernel;
 mod rpc;
 
 use std::time::Instant;
@@ -106,9 +107,43 @@ fn stream() {
     }
 }
 
+fn kernel() {
+    use kernel::Way;
+    let ways = [
+        ("blocking calls", Way::Blocking),
+        ("epoll", Way::Epoll),
+        ("io_uring", Way::Uring),
+        ("MSG_ZEROCOPY", Way::ZeroCopy),
+    ];
+    let mut pairs = Vec::new();
+    for (name, way) in ways {
+        match kernel::Pair::new(way) {
+            Ok(pair) => pairs.push((name, std::cell::RefCell::new(pair))),
+            Err(why) => println!("{name}: not here ({why})"),
+        }
+    }
+    type Round = fn(&mut kernel::Pair) -> f64;
+    for (unit, what, round) in [
+        ("us", "64 B echo", kernel::Pair::ping as Round),
+        ("GB/s", "1 MiB one way", kernel::Pair::stream as Round),
+    ] {
+        println!("{what}");
+        let mut measures: Vec<Measure> = pairs
+            .iter()
+            .map(|(name, pair)| -> Measure { (name, Box::new(move || round(&mut pair.borrow_mut()))) })
+            .collect();
+        print_all(unit, &mut measures);
+    }
+    for (name, pair) in &pairs {
+        if let Some((copied, sent)) = pair.borrow().copied() {
+            println!("{name}: the kernel copied {copied} of {sent} sends all the same");
+        }
+    }
+}
+
 fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    for (name, part) in [("latency", latency as fn()), ("stream", stream)] {
+    for (name, part) in [("latency", latency as fn()), ("stream", stream), ("kernel", kernel)] {
         if wanted.is_empty() || wanted.iter().any(|w| w == name) {
             println!("-- {name}");
             part();

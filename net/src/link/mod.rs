@@ -22,6 +22,7 @@
 //! * an error of either half ends the link.
 
 pub(crate) mod tcp;
+pub(crate) mod tls;
 pub(crate) mod verbs;
 
 use crate::buf::{Buf, BufMut, HeadRoom, Heads};

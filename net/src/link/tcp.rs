@@ -8,10 +8,10 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
@@ -69,15 +69,16 @@ impl Pulse {
         self.0.tick().await;
     }
 
-    /// An error if the peer's host owes acknowledgements and has been silent for too long.
-    pub(crate) fn check(&self, stream: &TcpStream) -> Result<(), LinkError> {
+    /// An error if the peer's host owes acknowledgements and has been silent for too long. `socket`
+    /// is a TCP socket.
+    pub(crate) fn check(&self, socket: BorrowedFd<'_>) -> Result<(), LinkError> {
         // SAFETY: the structure is plain integers, for which all zeros is a value.
         let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
         let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
         // SAFETY: the kernel writes at most `len` bytes to the structure.
         let rc = unsafe {
             let at = (&raw mut info).cast();
-            libc::getsockopt(stream.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, at, &raw mut len)
+            libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, at, &raw mut len)
         };
         if rc != 0 {
             return Err(io::Error::last_os_error().into());
@@ -92,12 +93,50 @@ impl Pulse {
 
 /// Makes both halves of a connected, authenticated stream.
 pub(crate) fn split(stream: TcpStream, options: LinkOptions) -> (TcpTx, TcpRx) {
-    let LinkOptions { counters, stall, heads, .. } = options;
     let (read, write) = stream.into_split();
+    link(read, write, options)
+}
+
+/// The same of two halves.
+pub(super) fn link<R: ReadHalf, W: WriteHalf>(
+    read: R,
+    write: W,
+    options: LinkOptions,
+) -> (TcpTx<W>, TcpRx<R>) {
+    let LinkOptions { counters, stall, heads, .. } = options;
     let tx = TcpTx { stream: write, begun: 0, counters: counters.clone(), stall };
     let ahead = Box::new([0; PREFETCH]);
     let rx = TcpRx { stream: read, ahead, from: 0, to: 0, counters, stall, heads, pulse: Pulse::new() };
     (tx, rx)
+}
+
+/// What a link reads from.
+pub(crate) trait ReadHalf: AsyncRead + Unpin + Send + 'static {
+    /// The socket below.
+    fn socket(&self) -> BorrowedFd<'_>;
+}
+
+/// What a link writes to.
+pub(crate) trait WriteHalf: AsyncWrite + Unpin + Send + 'static {
+    /// What people call it.
+    const NAME: &'static str;
+
+    /// Writes what can be written without waiting.
+    fn try_write_vectored(&self, pieces: &[IoSlice<'_>]) -> io::Result<usize>;
+}
+
+impl ReadHalf for OwnedReadHalf {
+    fn socket(&self) -> BorrowedFd<'_> {
+        self.as_ref().as_fd()
+    }
+}
+
+impl WriteHalf for OwnedWriteHalf {
+    const NAME: &'static str = "tcp";
+
+    fn try_write_vectored(&self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        OwnedWriteHalf::try_write_vectored(self, pieces)
+    }
 }
 
 /// A stream addresses no memory.
@@ -133,15 +172,15 @@ impl Patience {
 }
 
 /// Sends on a TCP stream.
-pub(crate) struct TcpTx {
-    stream: OwnedWriteHalf,
+pub(crate) struct TcpTx<W = OwnedWriteHalf> {
+    stream: W,
     /// Bytes of the first message that are already written.
     begun: usize,
     counters: Arc<Counters>,
     stall: Duration,
 }
 
-impl TcpTx {
+impl<W> TcpTx<W> {
     /// What one write takes of `batch`.
     fn pieces<'a>(
         &self,
@@ -179,8 +218,8 @@ impl TcpTx {
     }
 }
 
-impl LinkTx for TcpTx {
-    const NAME: &'static str = "tcp";
+impl<W: WriteHalf> LinkTx for TcpTx<W> {
+    const NAME: &'static str = W::NAME;
 
     fn register(&self) -> Arc<dyn Register> {
         Arc::new(Unaddressed)
@@ -217,13 +256,16 @@ impl LinkTx for TcpTx {
             }
             self.wrote(batch, bytes);
         }
+        // What encrypts keeps the end of it back until told.
+        let (deadline, error) = patience.next();
+        tokio::time::timeout_at(deadline, self.stream.flush()).await.map_err(|_| error)??;
         Ok(())
     }
 }
 
 /// Receives from a TCP stream.
-pub(crate) struct TcpRx {
-    stream: OwnedReadHalf,
+pub(crate) struct TcpRx<R = OwnedReadHalf> {
+    stream: R,
     ahead: Box<[u8; PREFETCH]>,
     from: usize,
     to: usize,
@@ -233,7 +275,7 @@ pub(crate) struct TcpRx {
     pulse: Pulse,
 }
 
-impl TcpRx {
+impl<R: ReadHalf> TcpRx<R> {
     /// Bytes in the prefetch buffer, at least `n` of them (`n` <= PREFETCH).
     async fn at_least(&mut self, n: usize) -> Result<(), LinkError> {
         while self.to - self.from < n {
@@ -246,7 +288,7 @@ impl TcpRx {
                 biased;
                 got = self.stream.read(&mut self.ahead[self.to..]) => got?,
                 () = self.pulse.due() => {
-                    self.pulse.check(self.stream.as_ref())?;
+                    self.pulse.check(self.stream.socket())?;
                     continue;
                 }
             };
@@ -286,7 +328,7 @@ impl TcpRx {
                 biased;
                 got = self.stream.read(&mut out[at..]) => got?,
                 () = self.pulse.due() => {
-                    self.pulse.check(self.stream.as_ref())?;
+                    self.pulse.check(self.stream.socket())?;
                     continue;
                 }
                 () = tokio::time::sleep_until(deadline) => return Err(error),
@@ -302,7 +344,7 @@ impl TcpRx {
     }
 }
 
-impl LinkRx for TcpRx {
+impl<R: ReadHalf> LinkRx for TcpRx<R> {
     fn is_ahead(&self) -> bool {
         self.to - self.from >= HEADER_BYTES
     }

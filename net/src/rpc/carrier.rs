@@ -15,7 +15,7 @@ use super::{HandshakeError, ended};
 use crate::error::LinkError;
 use crate::fabric::{Fabric, Transport};
 use crate::link::verbs::Draft;
-use crate::link::{LinkOptions, tcp, verbs};
+use crate::link::{LinkOptions, tcp, tls, verbs};
 use crate::verbs::negotiate::{End, Frame, PREFIX, Place};
 use crate::verbs::port::same_network;
 use crate::verbs::{Port, Rail};
@@ -45,6 +45,7 @@ pub(super) enum Want {
 /// A connection on its carrier.
 pub(super) enum Link {
     Tcp((tcp::TcpTx, tcp::TcpRx)),
+    Tls((tcp::TcpTx<tls::TlsWrite>, tcp::TcpRx<tls::TlsRead>)),
     Verbs((verbs::VerbsTx, verbs::VerbsRx)),
 }
 

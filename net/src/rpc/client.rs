@@ -11,6 +11,7 @@ use super::{Call, HANDSHAKE_TIME, Identity, NetStats, Response, SMALL, STALL_TIM
 use crate::buf::{BufPool, Heads};
 use crate::error::CallError;
 use crate::fabric::{Fabric, Traffic};
+use crate::link::tls::Tls;
 use bytes::Bytes;
 use firefly_types::{ErrorKind, WireError, lock};
 use std::collections::HashMap;
@@ -97,6 +98,7 @@ impl Client {
     pub fn with_pool(identity: Identity, options: ClientOptions, pool: BufPool) -> Client {
         let incast = Incast::new(options.reply_bytes);
         let dialer = Dialer {
+            tls: options.fabric.options().tls.then(|| Tls::new(&identity.secret)),
             incast,
             carriers: Carriers::of(&options.fabric),
             identity,
@@ -138,7 +140,7 @@ impl Client {
         live.map(|current| current.connection.quarantined_bytes()).sum()
     }
 
-    /// What carries the connections to `peer` ("tcp", "rdma"), if there is one: "rdma" only if all
+    /// What carries the connections to `peer` ("rdma", "tcp", "tls"), if there is one: "rdma" only if all
     /// of them use it.
     pub fn transport(&self, peer: &str) -> Option<&'static str> {
         let peer = lock(&self.inner.peers).get(peer).cloned()?;

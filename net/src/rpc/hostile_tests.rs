@@ -94,6 +94,41 @@ async fn strangers_are_refused_with_the_reason() {
 }
 
 #[tokio::test]
+async fn with_and_without_tls_do_not_meet_and_say_why() {
+    use crate::fabric::{Fabric, NetOptions};
+    let with = |tls| Fabric::open(NetOptions { tls, ..NetOptions::default() }).unwrap();
+    let client = |tls, secret| {
+        Client::with_options(identity(secret), ClientOptions { fabric: with(tls), ..Default::default() })
+    };
+    let server = |tls| {
+        let options = ServerOptions { fabric: with(tls), ..Default::default() };
+        start_at("127.0.0.1:0".parse().unwrap(), TestService::new(), options)
+    };
+    let (plain, secure) = (server(false), server(true));
+    let member = client(true, 1);
+    for len in [0, 5000, 3 << 20] {
+        let send = member.pool().try_alloc(len).map(BufMut::freeze);
+        let recv = member.pool().try_alloc(len);
+        let got = member.call(&secure.peer, Call { send, recv, ..call(ECHO, b"over TLS") }).await.unwrap();
+        assert_eq!((got.head.as_ref(), got.data.unwrap().len()), (&b"over TLS"[..], len));
+    }
+    assert_eq!(member.transport(&secure.peer), Some("tls"));
+    assert!(member.peers()[0].why_not_rdma.as_ref().unwrap().contains("TLS was asked for"));
+    let refused = async |client: &Client, peer: &str| match client.call(peer, call(ECHO, b"")).await {
+        Err(CallError::Refused { reason, .. }) => reason,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(refused(&client(true, 2), &secure.peer).await, HandshakeError::WrongSecret);
+    assert_eq!(refused(&client(false, 1), &secure.peer).await, HandshakeError::TlsWanted);
+    let reason = refused(&client(true, 1), &plain.peer).await;
+    assert!(matches!(&reason, HandshakeError::Tls(why) if why.contains("the server does not")), "{reason}");
+    until("the servers have counted them", || {
+        (secure.stats.get().refused, plain.stats.get().refused) == (2, 1)
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn silent_and_half_open_peers_cost_a_place_for_a_while_only() {
     let options = ServerOptions { handshake_time: Duration::from_millis(200), ..Default::default() };
     let server = start_at("127.0.0.1:0".parse().unwrap(), TestService::new(), options);

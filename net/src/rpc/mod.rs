@@ -10,6 +10,7 @@ mod lanes;
 mod outbox;
 mod peer;
 mod server;
+mod serving;
 
 pub use client::{Client, ClientOptions};
 pub use frame::{MAX_HEAD, MAX_PAYLOAD};
@@ -164,7 +165,11 @@ where
         let mut message = vec![0; wants(machine)];
         stream.read_exact(&mut message).await.map_err(ended)?;
         let advance = feed(machine, &message);
-        let sent = stream.write_all(&advance.send).await;
+        let sent = async {
+            stream.write_all(&advance.send).await?;
+            stream.flush().await
+        };
+        let sent = sent.await;
         if let Some(done) = advance.done {
             // A refusal that cannot be delivered is still this refusal.
             return match (done, sent) {

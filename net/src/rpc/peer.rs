@@ -6,10 +6,11 @@ use super::connection::Connection;
 use super::incast::Incast;
 use super::info::PeerInfo;
 use super::lanes::{Class, Plan};
-use super::{ClientOptions, Identity, drive_handshake};
+use super::{ClientOptions, Identity, drive_handshake, ended};
 use crate::buf::Heads;
 use crate::error::{CallError, HandshakeError};
-use crate::handshake::{self, Initiator, Purpose, Terms};
+use crate::handshake::{self, Agreed, Initiator, Purpose, Terms};
+use crate::link::tls::{self, Tls};
 use crate::link::{Counters, LinkOptions, tcp};
 use firefly_types::{Backoff, lock};
 use rand::RngExt;
@@ -17,6 +18,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// Longest pause between two tries to bring a lost lane back while others carry its calls.
@@ -28,6 +30,8 @@ pub(super) struct Dialer {
     pub(super) carriers: Carriers,
     pub(super) identity: Identity,
     pub(super) options: ClientOptions,
+    /// If members are reached by TLS.
+    pub(super) tls: Option<Result<Tls, HandshakeError>>,
     pub(super) heads: Heads,
     pub(super) incast: Arc<Incast>,
     pub(super) counters: Arc<Counters>,
@@ -57,11 +61,14 @@ impl Dialer {
         let plan = self.carriers.plan(want, &stream);
         let (mut machine, hello) = Initiator::start(terms, name, plan.hello(), handshake::nonce());
         let shake = async {
-            use tokio::io::AsyncWriteExt;
-            stream.write_all(&hello).await.map_err(|e| HandshakeError::Ended(e.to_string()))?;
-            let agreed =
-                drive_handshake(&mut stream, &mut machine, Initiator::wants, Initiator::feed).await?;
-            Ok((agreed.version, plan.dial(stream, link).await?))
+            let Some(tls) = &self.tls else {
+                let agreed = greet(&mut stream, &hello, &mut machine).await?;
+                return Ok((agreed.version, plan.dial(stream, link).await?));
+            };
+            let mut stream = tls.clone()?.connect(stream).await?;
+            let agreed = greet(&mut stream, &hello, &mut machine).await?;
+            let link = tls::split(stream, link).map_err(|e| HandshakeError::Ended(e.to_string()))?;
+            Ok((agreed.version, Made { link: Link::Tls(link), why_tcp: None }))
         };
         let dialled = tokio::time::timeout(self.options.handshake_time, shake)
             .await
@@ -82,10 +89,22 @@ impl Dialer {
         let incast = (version >= handshake::VERSION_GRANTS).then(|| self.incast.clone());
         let connection = match link {
             Link::Tcp((tx, rx)) => Connection::start(tx, rx, counters, incast),
+            Link::Tls((tx, rx)) => Connection::start(tx, rx, counters, incast),
             Link::Verbs((tx, rx)) => Connection::start(tx, rx, counters, incast),
         };
         Ok((connection, why_tcp))
     }
+}
+
+/// The client's side of a handshake on any stream.
+async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    hello: &[u8],
+    machine: &mut Initiator,
+) -> Result<Agreed, HandshakeError> {
+    stream.write_all(hello).await.map_err(ended)?;
+    stream.flush().await.map_err(ended)?;
+    drive_handshake(stream, machine, Initiator::wants, Initiator::feed).await
 }
 
 /// One connection of a lane and what it was dialled for.

@@ -178,7 +178,8 @@ typedef struct ffr_config {
     const char *group_name;     /* the same on all ranks, unique among groups that share the store
                                    and the moment; NULL = "default" */
     const char *node_key;       /* ranks with equal keys share memory, others use the network;
-                                   NULL = $FIREFLY_NODE_ID, else host name and boot id */
+                                   NULL = one of its own under $NCCL_SHM_DISABLE=1, else
+                                   $FIREFLY_NODE_ID, else host name and boot id */
     const uint8_t *secret;      /* 32 bytes shared by the ranks; NULL = $FIREFLY_JOB_SECRET (64 hex
                                    digits), else rank 0 makes one and publishes it in the store */
     size_t secret_len;          /* 32, or 0 with NULL */
@@ -190,12 +191,24 @@ typedef struct ffr_config {
     uint32_t heartbeat_timeout_ms; /* silence of a remote peer's process that counts as death; 0 = 10000.
                                    Death itself is seen at once; this is for dead hosts and cut cables */
     const char *bind_address;   /* address that peers on other nodes reach this rank at; NULL =
-                                   $FIREFLY_BIND_ADDR, else the one that routes to master_addr */
+                                   $FIREFLY_BIND_ADDR, else of the interface that
+                                   $FIREFLY_SOCKET_IFNAME, $NCCL_SOCKET_IFNAME or
+                                   $GLOO_SOCKET_IFNAME names, else the one that routes to
+                                   master_addr */
+    uint64_t form_timeout_ms;   /* of forming the group alone; 0 = timeout_ms */
 } ffr_config;
 
 /* Forms the group: collective over its ranks, blocks up to timeout_ms. On success *out is set and
  * a progress thread runs. A group of one needs no store. */
 ffr_status ffr_comm_create(const ffr_config *config, ffr_comm **out);
+
+/* Forms a group of some of comm's ranks through comm, without a store: collective over comm, whose
+ * ranks that join no group pass ranks_n 0 and get *out NULL. Rank i of the new group is ranks[i] of
+ * comm; all ranks of a new group pass the same name and list. Several disjoint groups may be formed by
+ * one call on all ranks. Blocks up to timeout_ms (0 = 600000). The new group has comm's settings; it
+ * lives, fails and is destroyed apart from comm. */
+ffr_status ffr_comm_split(ffr_comm *comm, const char *name, const int32_t *ranks, size_t ranks_n,
+                          uint64_t timeout_ms, ffr_comm **out);
 
 int32_t ffr_comm_rank(const ffr_comm *comm);
 int32_t ffr_comm_size(const ffr_comm *comm);
@@ -239,6 +252,8 @@ typedef struct ffr_stats {
     uint64_t rdma_bytes_sent;   /* payload, headers and steering through RDMA devices */
     uint64_t rdma_bytes_received;
     uint64_t copied_bytes;      /* payload copied in user space between channels and operations */
+    uint32_t rdma_peers;        /* of remote_peers, those reached by RDMA */
+    uint32_t reserved1;
 } ffr_stats;
 
 /* Fills the first stats->struct_size bytes. */

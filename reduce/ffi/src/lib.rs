@@ -10,16 +10,19 @@ pub use types::*;
 
 use firefly_reduce::{
     Communicator, Config, DType, Handle, Meeting, Operation, RawBuf, ReduceError, ReduceOp, Request,
-    SubmitOptions, secret_from_env,
+    SubmitOptions, bind_address_from_env, node_key_from_env, secret_from_env,
 };
 use firefly_types::ClusterSecret;
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char, c_void};
+use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 /// Version of the ABI; equal to `FFR_ABI_VERSION`.
 const ABI_VERSION: u32 = 1;
+/// `sizeof(ffr_config)` when the ABI began.
+const CONFIG_BYTES_V1: usize = std::mem::offset_of!(FfrConfig, form_timeout_ms);
 const SUBMIT_INLINE: u32 = 1;
 const SUBMIT_WAIT_FOLLOWS: u32 = 2;
 
@@ -156,11 +159,16 @@ unsafe fn create(config: *const FfrConfig) -> Result<Communicator, ReduceError> 
     let bad = |detail: &str| ReduceError::Invalid { detail: format!("ffr_comm_create: {detail}") };
     // SAFETY: the first field is there in every version.
     let size = unsafe { (*config).struct_size } as usize;
-    if size != size_of::<FfrConfig>() {
-        return Err(bad("struct_size is not sizeof(ffr_config) of this version"));
+    if size < CONFIG_BYTES_V1 || size > size_of::<FfrConfig>() {
+        return Err(bad("struct_size is not sizeof(ffr_config) of this version or an earlier one"));
     }
-    // SAFETY: the whole struct is there.
-    let c = unsafe { &*config };
+    let mut whole = MaybeUninit::<FfrConfig>::zeroed();
+    // SAFETY: size bytes are there by the caller's promise, and fit; fields that an older caller does
+    // not have are zero, which is their default and a valid value of each.
+    let c = unsafe {
+        std::ptr::copy_nonoverlapping(config.cast::<u8>(), whole.as_mut_ptr().cast(), size);
+        whole.assume_init()
+    };
     if c.flags != 0 {
         return Err(bad("flags must be 0"));
     }
@@ -174,12 +182,18 @@ unsafe fn create(config: *const FfrConfig) -> Result<Communicator, ReduceError> 
     if let Some(group) = group {
         made.group = group.into();
     }
-    made.node_key = node.map(Into::into);
+    made.node_key = node.map(Into::into).or_else(|| node_key_from_env(rank));
     let from_env = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
-    made.bind_address = bind.map(Into::into).or_else(|| from_env("FIREFLY_BIND_ADDR"));
+    made.bind_address = match bind {
+        Some(address) => Some(address.into()),
+        None => bind_address_from_env()?,
+    };
     made.master_address = master.map(Into::into).or_else(|| from_env("MASTER_ADDR"));
     if c.timeout_ms > 0 {
         made.timeout = Duration::from_millis(c.timeout_ms);
+    }
+    if c.form_timeout_ms > 0 {
+        made.form_timeout = Some(Duration::from_millis(c.form_timeout_ms));
     }
     if c.heartbeat_timeout_ms > 0 {
         made.heartbeat_timeout = Duration::from_millis(u64::from(c.heartbeat_timeout_ms));
@@ -211,6 +225,50 @@ unsafe fn create(config: *const FfrConfig) -> Result<Communicator, ReduceError> 
     let store =
         unsafe { store::CallbackStore::new(&*c.store) }.ok_or_else(|| bad("store.set or .get is NULL"))?;
     Communicator::create(&made, &store)
+}
+
+/// See `ffreduce.h`.
+///
+/// # Safety
+/// As [`ffr_comm_rank`]; `name` is a C string or null, `ranks` has `ranks_n` entries, `out` is valid
+/// for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ffr_comm_split(
+    comm: *mut FfrComm,
+    name: *const c_char,
+    ranks: *const i32,
+    ranks_n: usize,
+    timeout_ms: u64,
+    out: *mut *mut FfrComm,
+) -> i32 {
+    guarded(|| {
+        // SAFETY: valid by the caller's promise.
+        let Some(comm) = (unsafe { comm.as_ref() }) else { return invalid("ffr_comm_split: comm is NULL") };
+        if out.is_null() || (ranks.is_null() && ranks_n > 0) {
+            return invalid("ffr_comm_split: out, and ranks if there are any, must not be NULL");
+        }
+        // SAFETY: valid for writing by the caller's promise.
+        unsafe { *out = std::ptr::null_mut() };
+        // SAFETY: an array of that length by the caller's promise.
+        let ranks = if ranks_n == 0 { &[] } else { unsafe { std::slice::from_raw_parts(ranks, ranks_n) } };
+        // A negative rank becomes one that no group has.
+        let ranks: Vec<u32> = ranks.iter().map(|&r| u32::try_from(r).unwrap_or(u32::MAX)).collect();
+        // SAFETY: a C string by the caller's promise.
+        let name = match unsafe { text(name) } {
+            Ok(name) => name.unwrap_or("split"),
+            Err(error) => return report(&error),
+        };
+        let timeout = Duration::from_millis(if timeout_ms == 0 { 600_000 } else { timeout_ms });
+        match comm.communicator.split(name, &ranks, timeout) {
+            Ok(None) => FFR_OK,
+            Ok(Some(communicator)) => {
+                // SAFETY: valid for writing by the caller's promise.
+                unsafe { *out = Box::into_raw(Box::new(FfrComm { communicator })) };
+                FFR_OK
+            }
+            Err(error) => report(&error),
+        }
+    })
 }
 
 /// See `ffreduce.h`.
@@ -337,6 +395,8 @@ pub unsafe extern "C" fn ffr_comm_stats(comm: *const FfrComm, stats: *mut FfrSta
             rdma_bytes_sent: s.rdma_bytes_sent,
             rdma_bytes_received: s.rdma_bytes_received,
             copied_bytes: s.copied_bytes,
+            rdma_peers: s.rdma_peers,
+            reserved1: 0,
         };
         let n = (wanted as usize).min(size_of::<FfrStats>());
         if n < 8 {

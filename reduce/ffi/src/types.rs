@@ -69,6 +69,8 @@ pub struct FfrConfig {
     pub heartbeat_timeout_ms: u32,
     /// C string or null.
     pub bind_address: *const c_char,
+    /// Milliseconds; 0 is `timeout_ms`.
+    pub form_timeout_ms: u64,
 }
 
 /// `ffr_stats`.
@@ -105,6 +107,10 @@ pub struct FfrStats {
     pub rdma_bytes_received: u64,
     /// Payload copied in user space between channels and operations.
     pub copied_bytes: u64,
+    /// Of the remote peers, those reached by RDMA.
+    pub rdma_peers: u32,
+    /// 0.
+    pub reserved1: u32,
 }
 
 /// `ffr_buf`.

@@ -153,7 +153,10 @@ impl Wire {
             let counters = peer.link.counters();
             let sum = match peer.link.transport() {
                 "shm" => &mut sums.shm,
-                "rdma" => &mut sums.rdma,
+                "rdma" => {
+                    sums.rdma_peers += 1;
+                    &mut sums.rdma
+                }
                 _ => &mut sums.tcp,
             };
             sum.0 += counters.bytes_sent;
@@ -185,6 +188,7 @@ pub(crate) struct Carried {
     pub(crate) shm: (u64, u64),
     pub(crate) tcp: (u64, u64),
     pub(crate) rdma: (u64, u64),
+    pub(crate) rdma_peers: u32,
     /// Payload bytes copied in user space on their way through the network.
     pub(crate) copied: u64,
 }

@@ -138,7 +138,7 @@ pub(crate) fn launch(
         .map(|rank| {
             let output = std::fs::File::create(dir.path().join(format!("output{rank}"))).unwrap();
             Command::new(std::env::current_exe().unwrap())
-                .args(["--exact", test, "--nocapture", "--test-threads", "1"])
+                .args(["--exact", test, "--include-ignored", "--nocapture", "--test-threads", "1"])
                 .env("FFR_TEST_LAUNCH", &launch)
                 .env("FFR_TEST_RANK", rank.to_string())
                 .env("FFR_TEST_DIR", dir.path())

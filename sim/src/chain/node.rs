@@ -38,7 +38,13 @@ pub(super) struct Node {
     pub(super) open: Option<Open>,
     /// Opened since the observer last looked.
     pub(super) opened: bool,
+    /// Emptied since the observer last looked.
+    pub(super) wiped: bool,
     chain_seen: ChainVersion,
+    /// Newest of what the manager has told.
+    told: u64,
+    /// It has been asked to stop serving and has.
+    retired: bool,
     pub(super) lease_until: Nanos,
     pub(super) synced_at: ChainVersion,
     pub(super) offline: Option<String>,
@@ -65,7 +71,10 @@ impl Node {
             tenure: Tenure::default(),
             open: None,
             opened: false,
+            wiped: false,
             chain_seen: ChainVersion(0),
+            told: 0,
+            retired: false,
             lease_until: Nanos::ZERO,
             synced_at: ChainVersion(0),
             offline: None,
@@ -98,7 +107,16 @@ impl Node {
         self.incarnation += 1;
         self.tenure = Tenure::default();
         self.chain_seen = ChainVersion(0);
+        self.told = 0;
+        self.retired = false;
         self.lease_until = Nanos::ZERO;
+    }
+
+    fn wipe(&mut self) {
+        self.forget();
+        self.disk = MemDisk::default();
+        self.disk.lie_about_sync(self.lying_disk);
+        self.wiped = true;
     }
 
     fn open(&mut self, options: TargetOptions) -> Result<(), String> {
@@ -111,15 +129,35 @@ impl Node {
         Ok(())
     }
 
-    /// Takes in a chain: what the storage server's `node` module does. `Err` if the disk cannot be
-    /// opened, which only a lying disk explains.
+    /// Takes in a chain: what the storage server's `node` module does. `told` orders what the
+    /// manager says. `Err` if the disk cannot be opened, which only a lying disk explains.
     pub(super) fn apply(
         &mut self,
         chain: &Chain,
+        retiring: Option<TargetId>,
+        told: u64,
         options: TargetOptions,
     ) -> Result<Option<ChainView>, String> {
         let id = TargetId(self.id as u32);
-        let Some(state) = chain.state_of(id) else { return Ok(None) };
+        if told <= self.told {
+            return Ok(None);
+        }
+        self.told = told;
+        let Some(state) = chain.state_of(id) else {
+            // Not, or no longer, a member: what it holds is of no use to anybody.
+            self.wipe();
+            (self.tenure, self.retired) = (Tenure::default(), false);
+            return Ok(None);
+        };
+        if retiring == Some(id) {
+            self.forget();
+            self.retired = true;
+            return Ok(None);
+        }
+        if std::mem::take(&mut self.retired) {
+            // Wanted back: as at a start of the process.
+            (self.tenure, self.chain_seen) = (Tenure::default(), ChainVersion(0));
+        }
         if chain.version <= self.chain_seen {
             return Ok(None);
         }
@@ -129,9 +167,7 @@ impl Node {
             Verdict::Keep => {}
             Verdict::Open => self.open(options)?,
             Verdict::Empty => {
-                self.forget();
-                self.disk = MemDisk::default();
-                self.disk.lie_about_sync(self.lying_disk);
+                self.wipe();
                 self.open(options)?;
             }
             Verdict::Hold => self.forget(),
@@ -156,7 +192,10 @@ impl Node {
             (None, true) => LocalState::UpToDate,
             (None, false) => LocalState::Online,
         };
-        let report = self.open.as_ref().map(|_| Report { local, synced_at: self.synced_at });
+        let report = match self.retired {
+            true => Some(Report { local: LocalState::Offline, synced_at: ChainVersion(0) }),
+            false => self.open.as_ref().map(|_| Report { local, synced_at: self.synced_at }),
+        };
         Heartbeat { incarnation: self.incarnation, sent: now, report }
     }
 

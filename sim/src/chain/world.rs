@@ -27,6 +27,8 @@ pub enum Mutant {
     Machine(Mutation),
     /// Disks say that bytes are durable before they are.
     LyingDisk,
+    /// The manager takes a target out of its chain that has not stopped serving.
+    TakesOutUnasked,
 }
 
 /// What world.
@@ -88,22 +90,74 @@ enum Said {
     Content { version: u64, tags: Option<Tags>, dirty: bool },
 }
 
+/// What the manager says of the chain.
+#[derive(Clone)]
+struct Told {
+    chain: Chain,
+    retiring: Option<TargetId>,
+    order: u64,
+}
+
 enum Happens {
-    Request { to: usize, at: u64, from: Caller, body: Body },
-    Response { to: Caller, result: Result<Said, WireError> },
-    Heard { node: usize, heartbeat: Heartbeat },
-    Routed { node: usize, incarnation: u64, sent: Nanos, chain: Chain },
-    CallTimeout { node: usize, call: u64 },
-    AttemptTimeout { client: usize, attempt: u64 },
-    Batch { node: usize, epoch: u64 },
-    Content { node: usize, epoch: u64, chunk: ChunkId, id: u64, plan: Option<ReadPlan> },
-    Tick { node: usize },
-    Beat { node: usize },
+    Request {
+        to: usize,
+        at: u64,
+        from: Caller,
+        body: Body,
+    },
+    Response {
+        to: Caller,
+        result: Result<Said, WireError>,
+    },
+    Heard {
+        node: usize,
+        heartbeat: Heartbeat,
+    },
+    Routed {
+        node: usize,
+        incarnation: u64,
+        sent: Nanos,
+        told: Told,
+    },
+    CallTimeout {
+        node: usize,
+        call: u64,
+    },
+    AttemptTimeout {
+        client: usize,
+        attempt: u64,
+    },
+    Batch {
+        node: usize,
+        epoch: u64,
+    },
+    Content {
+        node: usize,
+        epoch: u64,
+        chunk: ChunkId,
+        id: u64,
+        plan: Option<ReadPlan>,
+    },
+    Tick {
+        node: usize,
+    },
+    Beat {
+        node: usize,
+    },
     ManagerTick,
-    Act { client: usize },
+    /// Somebody rotates the chain, or moves it to another node.
+    Operator,
+    Act {
+        client: usize,
+    },
     Fault,
-    Restart { node: usize },
-    Heal { node: usize, manager: bool },
+    Restart {
+        node: usize,
+    },
+    Heal {
+        node: usize,
+        manager: bool,
+    },
 }
 
 struct World {
@@ -143,7 +197,11 @@ pub fn run(options: Options) -> Outcome {
     };
     let lying = options.mutant == Some(Mutant::LyingDisk);
     let ignores_restarts = rng.random_bool(0.5);
-    let slow = (0..targets).map(|_| rng.random_bool(0.3)).collect();
+    // Some worlds have nodes to move to.
+    let nodes = targets + rng.random_range(0..3);
+    let slow = (0..nodes).map(|_| rng.random_bool(0.3)).collect();
+    let mut manager = Manager::new(targets, nodes);
+    manager.takes_out_unasked = options.mutant == Some(Mutant::TakesOutUnasked);
     let mut world = World {
         target_options: TargetOptions {
             retry: Duration::from_millis(30),
@@ -156,12 +214,12 @@ pub fn run(options: Options) -> Outcome {
         queue: BinaryHeap::new(),
         events: BTreeMap::new(),
         counter: 0,
-        nodes: (0..targets).map(|id| Node::new(id, lying)).collect(),
-        manager: Manager::new(targets),
+        nodes: (0..nodes).map(|id| Node::new(id, lying)).collect(),
+        manager,
         clients: (0..CLIENTS).map(Client::new).collect(),
         truth: Truth::default(),
-        cut: vec![false; targets],
-        cut_manager: vec![false; targets],
+        cut: vec![false; nodes],
+        cut_manager: vec![false; nodes],
         ignores_restarts,
         slow,
         at_once: BTreeSet::new(),
@@ -174,6 +232,9 @@ pub fn run(options: Options) -> Outcome {
     let operations = world.clients.iter().map(|c| c.finished).sum();
     *world.reached.entry("commits").or_default() += world.truth.commits;
     *world.reached.entry("chain changes").or_default() += world.manager.changes;
+    for (what, count) in std::mem::take(&mut world.manager.reached) {
+        *world.reached.entry(what).or_default() += count;
+    }
     let last: u64 = world.rng.random();
     Outcome {
         violation: world.truth.violation.clone(),
@@ -210,6 +271,7 @@ impl World {
         }
         self.at(Duration::from_millis(1), Happens::ManagerTick);
         self.at(Duration::from_millis(300), Happens::Fault);
+        self.at(Duration::from_millis(200), Happens::Operator);
     }
 
     fn run(&mut self) {
@@ -248,13 +310,13 @@ impl World {
             n.up && n.open.as_ref().is_some_and(|o| o.target.busy_chunks() == 0 && !o.engine.has_work())
         };
         self.clients.iter().all(|c| c.current.is_none())
-            && self.manager.serving().len() == self.nodes.len()
-            && self.nodes.iter().all(quiet)
+            && self.manager.is_whole()
+            && self.manager.serving().iter().all(|n| quiet(&self.nodes[*n]))
     }
 
     fn check_rest(&mut self) {
         for chunk in self.truth.chunks() {
-            for node in 0..self.nodes.len() {
+            for node in self.manager.serving() {
                 match self.content(node, chunk, false) {
                     Ok(held) => self.truth.at_rest(node, chunk, held.map(|(m, tags)| (m.version, tags))),
                     Err(why) => self.truth.fail("stored chunks can be read", why),
@@ -345,15 +407,16 @@ impl World {
                     self.manager.hear(node, &heartbeat, self.now);
                     sent = heartbeat.sent;
                 }
-                let chain = self.manager.chain.clone();
+                // The first word is one, not zero: a node has been told nothing before.
+                let order = self.manager.changes + 1;
+                let (chain, retiring) = (self.manager.chain.clone(), self.manager.retiring);
+                let told = Told { chain, retiring, order };
                 for delay in self.transit(self.cut_manager[node]) {
-                    let chain = chain.clone();
-                    self.at(delay, Happens::Routed { node, incarnation, sent, chain });
+                    let told = told.clone();
+                    self.at(delay, Happens::Routed { node, incarnation, sent, told });
                 }
             }
-            Happens::Routed { node, incarnation, sent, chain } => {
-                self.routed(node, incarnation, sent, &chain)
-            }
+            Happens::Routed { node, incarnation, sent, told } => self.routed(node, incarnation, sent, &told),
             Happens::Batch { node, epoch } => self.batch(node, epoch),
             Happens::Content { node, epoch, chunk, id, plan } => {
                 self.content_read(node, epoch, chunk, id, plan)
@@ -377,6 +440,7 @@ impl World {
                 self.at(Duration::from_millis(10), Happens::ManagerTick);
                 self.manager.settle(self.now);
             }
+            Happens::Operator => self.operate(),
             Happens::Act { client } => self.act(client),
             Happens::AttemptTimeout { client, attempt } => {
                 let client = &mut self.clients[client];
@@ -405,14 +469,14 @@ impl World {
         }
     }
 
-    fn routed(&mut self, node: usize, incarnation: u64, sent: Nanos, chain: &Chain) {
+    fn routed(&mut self, node: usize, incarnation: u64, sent: Nanos, told: &Told) {
         let me = &mut self.nodes[node];
         if !me.up || me.incarnation != incarnation {
             return;
         }
         me.lease_until = sent.after(LEASE).max(me.lease_until);
         let lease = me.lease_until;
-        match me.apply(chain, self.target_options) {
+        match me.apply(&told.chain, told.retiring, told.order, self.target_options) {
             Err(why) => {
                 self.truth.fail("a target's disk can be opened", format!("target {node}: {why}"));
             }
@@ -531,7 +595,9 @@ impl World {
         let Some(open) = &self.nodes[node].open else { return };
         match action {
             Action::Write { id, base, version, update, commit } => {
-                if commit {
+                // The removal of what never was: reported, not asked for by anybody.
+                let is_absence = update.kind == Kind::Remove && update.context.client.0 == 0;
+                if commit && !is_absence {
                     self.at_once.insert((node, self.nodes[node].epoch, id));
                     if update.kind == Kind::Remove {
                         self.removals.push((node, update.chunk, version));
@@ -648,6 +714,10 @@ impl World {
     /// What was found on disk counts as committed too: the crash may have come between a target's
     /// write and anybody hearing of it.
     fn watch_opened(&mut self, node: usize) {
+        if std::mem::take(&mut self.nodes[node].wiped) {
+            // The absence of what was wiped tells nothing.
+            self.removals.retain(|(by, ..)| *by != node);
+        }
         if !std::mem::take(&mut self.nodes[node].opened) {
             return;
         }

@@ -540,6 +540,7 @@ impl Cluster {
             replication: 2,
             chunk_bytes: CHUNK,
             stripe_chains: vec![1, 2],
+            ..RoutingTable::default()
         };
         let (routing, receiver) = watch::channel(table);
         let service = ManagerServer::with_interceptor(

@@ -217,8 +217,7 @@ impl<B: Clone> Target<B> {
         }
         let committed = self.committed.get(&chunk).copied();
         let have = committed.map_or(0, |m| m.version);
-        if forward.version < have
-            || (forward.update.kind != Kind::Remove && self.is_before_removal(chunk, forward.version))
+        if forward.version < have || (forward.update.kind != Kind::Remove && self.is_before_removal(&forward))
         {
             // Only what every serving replica holds durably comes here, so older means late.
             self.reply(reply, Err(error(ErrorKind::Stale, "a later version is here already")));
@@ -231,8 +230,13 @@ impl<B: Clone> Target<B> {
             return self.start_next(chunk);
         }
         // The removal of what is not here is written too: it carries a record and a version.
-        let Forward { stamp, version, update, .. } = forward;
+        let Forward { stamp, base, version, update, .. } = forward;
+        // A removal that a client asked for builds on a version.
+        let reports_absence = update.kind == Kind::Remove && base == 0;
         self.install(chunk, have, version, update, true, Vec::new(), Some((reply, stamp)));
+        if let Some(pending) = self.active.get_mut(&chunk).and_then(|a| a.pending.as_mut()) {
+            pending.reports_absence = reports_absence;
+        }
     }
 
     pub(super) fn on_sync_records(

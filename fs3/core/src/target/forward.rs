@@ -174,7 +174,7 @@ impl<B: Clone> Target<B> {
             return self.take_beside_pending(reply, forward);
         }
         let have = committed.map_or(0, |m| m.version);
-        if forward.version <= have || self.is_before_removal(chunk, forward.version) {
+        if forward.version <= have || self.is_before_removal(&forward) {
             self.reply(reply, Err(late(&forward)));
             return self.start_next(chunk);
         }

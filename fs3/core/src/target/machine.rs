@@ -12,6 +12,17 @@ use std::time::Duration;
 /// seconds, and a connection that stalls is given up after 15.
 const REMEMBER_REMOVED: Duration = Duration::from_secs(30);
 
+/// Which forwards of a chunk speak of a time before its removal.
+#[derive(Clone, Copy)]
+enum Removed {
+    /// Those of this version or an older one.
+    At(u64),
+    /// Those with an older stamp. A predecessor reports to the target that it fills as absent also
+    /// what never existed, and that may be created later with a lower version than the absence was
+    /// reported with.
+    By(Stamp),
+}
+
 /// One replica of one chain.
 pub struct Target<B> {
     pub(super) id: TargetId,
@@ -22,10 +33,10 @@ pub struct Target<B> {
     pub(super) chain: Option<ChainView>,
     pub(super) committed: BTreeMap<ChunkId, Meta>,
     pub(super) version_floor: u64,
-    /// Chunks removed a short while ago under this membership, with the version: a forward that
+    /// Chunks removed a short while ago under this membership: a forward that
     /// was delayed must not bring one back. Not `version_floor`, which is of all chunks: another
     /// chunk's creation may be on its way with a lower version.
-    removed: BTreeMap<ChunkId, (u64, Nanos)>,
+    removed: BTreeMap<ChunkId, (Removed, Nanos)>,
     removed_swept: Nanos,
     pub(super) records: Records,
     pub(super) active: BTreeMap<ChunkId, Active<B>>,
@@ -90,6 +101,7 @@ impl<B: Clone> Target<B> {
                 upstream: Vec::new(),
                 touch,
                 resolve_at: Nanos::ZERO,
+                reports_absence: false,
             };
             target.active.entry(found.chunk).or_default().pending = Some(pending);
         }
@@ -304,18 +316,7 @@ impl<B: Clone> Target<B> {
                 format!("target {} is not the head of its chain: refresh the routing table", self.id),
             ));
         };
-        let chain = self.chain.as_ref().expect("a serving target has a chain");
-        if chain.serving.len() < chain.min_write_replicas as usize {
-            return Err(error(
-                ErrorKind::Unavailable,
-                format!(
-                    "chain {} has {} serving replicas and writes need {}: wait for one to return",
-                    chain.id,
-                    chain.serving.len(),
-                    chain.min_write_replicas
-                ),
-            ));
-        }
+        self.check_replicas()?;
         let end = u64::from(update.offset) + u64::from(update.length);
         if update.chunk_bytes > MAX_CHUNK_BYTES || end > u64::from(update.chunk_bytes) {
             return Err(error(
@@ -330,6 +331,22 @@ impl<B: Clone> Target<B> {
             return Err(error(ErrorKind::InvalidArgument, "whole-chunk replacement is for replicas only"));
         }
         Ok(())
+    }
+
+    /// Whether enough replicas serve for a client's update.
+    fn check_replicas(&self) -> Result<(), WireError> {
+        match &self.chain {
+            Some(chain) if chain.serving.len() < chain.min_write_replicas as usize => Err(error(
+                ErrorKind::Unavailable,
+                format!(
+                    "chain {} has {} serving replicas and writes need {}: wait for one to return",
+                    chain.id,
+                    chain.serving.len(),
+                    chain.min_write_replicas
+                ),
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// What the records say: done before, too old, or (`None`) new.
@@ -427,6 +444,7 @@ impl<B: Clone> Target<B> {
             upstream: upstream.map(|(reply, _)| reply).into_iter().collect(),
             touch: id,
             resolve_at: self.now.after(self.options.resolve),
+            reports_absence: false,
         };
         self.active.entry(chunk).or_default().pending = Some(pending);
         let mut stored = update;
@@ -443,7 +461,11 @@ impl<B: Clone> Target<B> {
         if pending.removes {
             self.committed.remove(&chunk);
             self.version_floor = self.version_floor.max(pending.version);
-            self.removed.insert(chunk, (pending.version, self.now));
+            let removed = match pending.stamp_in.filter(|_| pending.reports_absence) {
+                Some(stamp) => Removed::By(stamp),
+                None => Removed::At(pending.version),
+            };
+            self.removed.insert(chunk, (removed, self.now));
         } else {
             self.committed.insert(chunk, meta);
         }
@@ -451,7 +473,14 @@ impl<B: Clone> Target<B> {
         if !pending.at_once {
             self.actions.push(Action::Commit { chunk, version: pending.version });
         }
-        for reply in pending.clients.into_iter().chain(pending.upstream) {
+        // The chain may have shrunk since the update was admitted. It has taken effect, but is not
+        // acknowledged on fewer replicas than writes need: the retry finds its record once the
+        // chain has healed.
+        let too_few = self.check_replicas().err();
+        for reply in pending.clients {
+            self.reply(reply, too_few.clone().map_or(Ok(Answer::Updated(meta)), Err));
+        }
+        for reply in pending.upstream {
             self.reply(reply, Ok(Answer::Updated(meta)));
         }
         let reached = pending.down.is_some() || self.options.mutation == Some(Mutation::FillOmitsPending);
@@ -573,9 +602,12 @@ impl<B: Clone> Target<B> {
         self.pump_fill();
     }
 
-    /// Whether a forward of this version speaks of a time before the chunk's removal.
-    pub(super) fn is_before_removal(&self, chunk: ChunkId, version: u64) -> bool {
-        self.removed.get(&chunk).is_some_and(|(removed, _)| version <= *removed)
+    /// Whether a forward speaks of a time before the chunk's removal.
+    pub(super) fn is_before_removal(&self, forward: &Forward<B>) -> bool {
+        self.removed.get(&forward.update.chunk).is_some_and(|(removed, _)| match removed {
+            Removed::At(version) => forward.version <= *version,
+            Removed::By(stamp) => forward.stamp < *stamp,
+        })
     }
 
     fn on_tick(&mut self) {

@@ -94,6 +94,8 @@ pub(super) struct Pending<B> {
     /// Changes whenever the update is confirmed: an answer to an older question is void.
     pub(super) touch: u64,
     pub(super) resolve_at: Nanos,
+    /// It is the removal of what is not there, rather than of something known.
+    pub(super) reports_absence: bool,
 }
 
 impl<B> Pending<B> {

@@ -25,6 +25,8 @@ pub struct Tenure {
     started: bool,
     /// It holds, or may hold, what its chain had committed when it last served.
     complete: bool,
+    /// Closed, by [`Verdict::Hold`].
+    held: bool,
     ignore_up_to: ChainVersion,
 }
 
@@ -32,7 +34,7 @@ impl Default for Tenure {
     fn default() -> Self {
         // What a process finds at its start may be anything, also half a fill; only a public state
         // that implies completeness lets it stand.
-        Self { started: false, complete: true, ignore_up_to: ChainVersion(0) }
+        Self { started: false, complete: true, held: false, ignore_up_to: ChainVersion(0) }
     }
 }
 
@@ -44,6 +46,8 @@ impl Tenure {
         match state {
             PublicState::Serving | PublicState::LastSrv => {
                 self.complete = true;
+                // The fill had ended, and had been reported, before this process started.
+                let first = first || std::mem::take(&mut self.held);
                 // A chain begins at version 1 (nobody serves) or 2 (it was just let begin); after
                 // that, empty is not complete.
                 match first {
@@ -54,10 +58,11 @@ impl Tenure {
             }
             PublicState::Syncing if self.complete => {
                 self.ignore_up_to = version;
+                self.held = true;
                 Verdict::Hold
             }
             PublicState::Waiting | PublicState::Offline if self.complete => {
-                self.complete = false;
+                (self.complete, self.held) = (false, false);
                 self.ignore_up_to = version.max(self.ignore_up_to);
                 Verdict::Empty
             }
@@ -106,5 +111,8 @@ mod tests {
         // Restarted in the middle of a fill.
         let life = [(Syncing, 4), (Offline, 5), (Syncing, 6), (Serving, 7)];
         assert_eq!(lives(&life, false), [Hold, Empty, Keep, Keep]);
+        // Restarted when the fill was done: the manager has heard so, or has not noticed the restart.
+        assert_eq!(lives(&[(Syncing, 4), (Serving, 5), (Serving, 6)], false), [Hold, Open, Keep]);
+        assert_eq!(lives(&[(Syncing, 4), (Syncing, 5), (LastSrv, 6)], false), [Hold, Hold, Open]);
     }
 }

@@ -234,3 +234,68 @@ fn a_recovered_update_is_served_neither_way_until_it_is_settled() {
     assert!(matches!(tail.step(answer, NOW)[..], [Action::Drop { version: 1, .. }]));
     assert!(tail.read(&context(0), ChainVersion(4), CHUNK, NOW).unwrap().meta.is_none());
 }
+
+#[test]
+fn an_update_is_not_acknowledged_on_fewer_replicas_than_writes_need() {
+    // Admitted with two replicas; one goes before it has answered.
+    let mut head = target(1, view(1, &[1, 2], None, 2));
+    let asked = ask(&mut head, 1, write(1));
+    written(&mut head, &asked);
+    let actions = head.step(Event::Chain(view(2, &[1], None, 2)), NOW);
+    assert!(actions.iter().any(|a| matches!(a, Action::Commit { version: 1, .. })));
+    assert_eq!(replies(&actions), [(1, Err(ErrorKind::Unavailable))]);
+    // Every kind of update is refused meanwhile, also without a client (removal of ranges).
+    for kind in [Kind::Write, Kind::Truncate, Kind::Remove, Kind::Punch] {
+        for context in [context(2), Context::default()] {
+            let update = Update { kind, context, ..write(2) };
+            assert_eq!(replies(&ask(&mut head, 2, update)), [(2, Err(ErrorKind::Unavailable))], "{kind:?}");
+        }
+    }
+    assert_eq!(replies(&ask(&mut head, 3, write(1))), [(3, Err(ErrorKind::Unavailable))]);
+    // Healed: the retry is answered from the record, not done again.
+    head.step(Event::Chain(view(3, &[1, 2], None, 2)), NOW);
+    let again = ask(&mut head, 4, write(1));
+    assert!(matches!(replies(&again)[..], [(4, Ok(Answer::Updated(Meta { version: 1, .. })))]), "{again:?}");
+    // With one replica allowed the same is acknowledged.
+    let mut lenient = target(1, view(1, &[1, 2], None, 1));
+    let asked = ask(&mut lenient, 1, write(1));
+    written(&mut lenient, &asked);
+    let actions = lenient.step(Event::Chain(view(2, &[1], None, 1)), NOW);
+    assert!(matches!(replies(&actions)[..], [(1, Ok(_))]));
+}
+
+#[test]
+fn what_was_reported_absent_to_a_target_that_is_filled_can_be_created_with_any_version() {
+    let mut filled = target(2, view(3, &[1], Some(2), 1));
+    let forward = |sequence, version, kind| {
+        let mut update = Update { kind, context: Context::default(), ..write(1) };
+        if kind == Kind::Remove {
+            (update.payload, update.length) = (None, 0);
+        }
+        Forward {
+            from: TargetId(1),
+            chain_version: ChainVersion(3),
+            stamp: Stamp { incarnation: 1, sequence },
+            base: 0,
+            version,
+            update,
+            prefix: Some(meta(version)),
+        }
+    };
+    // The removal of something known is another matter: a copy of before may still be sent.
+    let mut other = target(2, view(3, &[1], Some(2), 1));
+    let removal = Forward { base: 1, ..forward(5, 2, Kind::Remove) };
+    let actions = other.step(Event::Forward { reply: 1, forward: removal }, NOW);
+    assert!(matches!(replies(&written(&mut other, &actions))[..], [(1, Ok(_))]));
+    let copy = Event::Forward { reply: 2, forward: forward(6, 1, Kind::Replace) };
+    assert_eq!(replies(&other.step(copy, NOW)), [(2, Err(ErrorKind::Stale))]);
+
+    let step = |filled: &mut Target<_>, reply, forward| filled.step(Event::Forward { reply, forward }, NOW);
+    let actions = step(&mut filled, 1, forward(5, 9, Kind::Remove));
+    assert!(matches!(replies(&written(&mut filled, &actions))[..], [(1, Ok(_))]));
+    // What was sent before is late, whatever its version; what was sent after is not.
+    let late = step(&mut filled, 2, forward(4, 20, Kind::Replace));
+    assert_eq!(replies(&late), [(2, Err(ErrorKind::Stale))]);
+    let actions = step(&mut filled, 3, forward(6, 1, Kind::Replace));
+    assert!(matches!(replies(&written(&mut filled, &actions))[..], [(3, Ok(_))]), "{actions:?}");
+}

@@ -8,7 +8,7 @@ use firefly_proto::methods::storage as method;
 use firefly_proto::mgmtd::manager_server::{Manager, ManagerServer};
 use firefly_proto::{mgmtd as pb, storage as sp};
 use firefly_types::{ChainId, ChainVersion, ClusterId, ClusterSecret, ErrorKind, NodeId, TargetId};
-use fs3_core::chain::{Chain, LocalState, PublicState, Report, next_chain, start_chain};
+use fs3_core::chain::{Chain, LocalState, PublicState, Report, next_chain, remove_member, start_chain};
 use fs3_storage::{Running, StorageConfig, serve};
 use prost::Message;
 use std::collections::BTreeMap;
@@ -28,6 +28,11 @@ struct State {
     /// target → its last report; silent ones are absent
     reports: BTreeMap<u32, Report>,
     reasons: BTreeMap<u32, String>,
+    /// target → how far its scrub is
+    scrubs: BTreeMap<u32, pb::ScrubProgress>,
+    scrub: pb::ScrubOrder,
+    retiring: Option<u32>,
+    graves: Vec<u32>,
 }
 
 /// Target n is on node n. A node counts as dead when the test says so.
@@ -56,6 +61,10 @@ impl FakeManager {
             nodes: BTreeMap::new(),
             reports: BTreeMap::new(),
             reasons: BTreeMap::new(),
+            scrubs: BTreeMap::new(),
+            scrub: pb::ScrubOrder::default(),
+            retiring: None,
+            graves: Vec::new(),
         };
         let manager = Self {
             state: Arc::new(Mutex::new(state)),
@@ -78,6 +87,7 @@ impl FakeManager {
             node_id: m.target.0,
             chain_id: CHAIN,
             state: public(m.state).into(),
+            retiring: state.retiring == Some(m.target.0),
             ..pb::TargetInfo::default()
         });
         let nodes = state.nodes.iter().map(|(id, (address, incarnation))| pb::NodeInfo {
@@ -86,7 +96,7 @@ impl FakeManager {
             address: address.clone(),
             alive: true,
             incarnation: *incarnation,
-            silent_ms: 0,
+            ..pb::NodeInfo::default()
         });
         let table = pb::RoutingTable {
             version: old + 1,
@@ -97,12 +107,14 @@ impl FakeManager {
                 version: state.chain.version.0,
                 targets: state.chain.members.iter().map(|m| m.target.0).collect(),
                 states: state.chain.members.iter().map(|m| public(m.state).into()).collect(),
-                preferred: vec![],
+                ..pb::ChainInfo::default()
             }],
             min_write_replicas: self.min_write_replicas,
             replication: 3,
             chunk_bytes: 1 << 20,
             stripe_chains: vec![CHAIN],
+            graves: state.graves.iter().map(|t| pb::Grave { target_id: *t, node_id: *t }).collect(),
+            scrub: Some(state.scrub),
         };
         self.table.send_replace(table);
     }
@@ -127,6 +139,33 @@ impl FakeManager {
         let mut state = self.state.lock().unwrap();
         state.reports.remove(&node);
         self.update(&mut state);
+    }
+
+    /// Has everything checked.
+    pub fn scrub(&self, pass: u64, rate_bytes: u64) {
+        let mut state = self.state.lock().unwrap();
+        state.scrub = pb::ScrubOrder { pass, active: true, rate_bytes };
+        self.publish(&mut state);
+    }
+
+    pub fn scrubbed(&self, target: u32) -> pb::ScrubProgress {
+        self.state.lock().unwrap().scrubs.get(&target).copied().unwrap_or_default()
+    }
+
+    /// Asks a target to stop serving, or wants it back.
+    pub fn retire(&self, target: Option<u32>) {
+        let mut state = self.state.lock().unwrap();
+        state.retiring = target;
+        self.publish(&mut state);
+    }
+
+    /// Takes a target that is out out of the chain for good.
+    pub fn bury(&self, target: u32) {
+        let mut state = self.state.lock().unwrap();
+        state.chain = remove_member(&state.chain, TargetId(target)).expect("it is out");
+        state.retiring = None;
+        state.graves.push(target);
+        self.publish(&mut state);
     }
 
     pub fn chain(&self) -> Chain {
@@ -186,6 +225,7 @@ impl Manager for FakeManager {
             let synced_at = ChainVersion(report.synced_at_version);
             state.reports.insert(report.target_id, Report { local, synced_at });
             state.reasons.insert(report.target_id, report.reason);
+            state.scrubs.insert(report.target_id, report.scrub.unwrap_or_default());
         }
         self.update(&mut state);
         let routing_version = self.table.borrow().version;

@@ -183,3 +183,48 @@ fn verbs_are_chosen_by_policy_and_devices() {
     let (left, _right) = try_pair((&auto(&a), &tcp));
     assert_eq!(left.unwrap().why_not_rdma(), Some("here: TCP was asked for"));
 }
+
+/// Devices that are up and do not reach each other: the connection is made by TCP and says why; once
+/// packets get through, it is RDMA again.
+#[test]
+#[ignore = "needs RDMA devices: tests/rdma-vm/run.sh"]
+fn verbs_fall_back_to_tcp_when_no_probe_gets_through() {
+    let devices = sides();
+    let auto = |fabric: &Fabric| {
+        let options = NetOptions { transport: Transport::Auto, ..fabric.options().clone() };
+        Fabric::open(options).unwrap()
+    };
+    let (a, b) = (auto(&devices.0), auto(&devices.1));
+    // Not loopback's, so that RDMA is tried; within this machine TCP does not take the veth pair.
+    let address = b.report().rails[0].address.unwrap();
+    let made = |a: &Fabric, b: &Fabric| {
+        let listener = ChannelListener::bind((address, 0).into()).unwrap();
+        let (addr, dialler) = (listener.local_addr(), options(a));
+        let dialled = std::thread::spawn(move || connect_channel(addr, &secret(), [0; 32], soon(), &dialler));
+        let accepted = listener.accept(&secret(), soon(), &options(b)).map(|(channel, _)| channel);
+        (dialled.join().unwrap(), accepted)
+    };
+    let tc = std::env::var("TC").unwrap_or_else(|_| "tc".into());
+    let lose = |what: &str| {
+        for device in ["d0", "d1"] {
+            let rule = format!("qdisc {what} dev {device} root netem loss 100%");
+            let status = std::process::Command::new(&tc).args(rule.split(' ')).status().unwrap();
+            assert!(status.success(), "{rule}");
+        }
+    };
+    lose("add");
+    let (left, right) = made(&a, &b);
+    // RDMA that is demanded fails, on both sides.
+    let (refused_left, refused_right) = made(&devices.0, &b);
+    lose("del");
+    for channel in [left.unwrap(), right.unwrap()] {
+        println!("{:?}", channel.why_not_rdma());
+        assert_eq!(channel.transport(), "tcp");
+        assert!(channel.why_not_rdma().unwrap().contains("a message each way over the queue pairs"));
+    }
+    for error in [refused_left.err().unwrap(), refused_right.err().unwrap()] {
+        assert!(matches!(error, ChannelError::NoRdma { .. }), "{error}");
+    }
+    let (left, right) = made(&a, &b);
+    assert_eq!((left.unwrap().transport(), right.unwrap().transport()), ("rdma", "rdma"));
+}

@@ -38,7 +38,7 @@ use crate::verbs::{Completion, Device, Done, Op, Queue, Rail, Remote, Request};
 use bytes::Bytes;
 use credits::Credits;
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -383,7 +383,7 @@ async fn pump(shared: Arc<Shared>, events: AsyncFd<OwnedFd>, mut side: TcpStream
                 Ok(_) => LinkError::Protocol("bytes beside the queue pair".into()),
                 Err(e) => e.into(),
             })),
-            () = pulse.due() => pulse.check(&side),
+            () = pulse.due() => pulse.check(side.as_fd()),
             reason = shared.rail.until_down() => Err(shared.device_says("carrying the connection", reason)),
             () = shared.stop.cancelled() => return,
         };

@@ -11,13 +11,17 @@ use std::time::Duration;
 
 impl World {
     pub(super) fn crash(&mut self, node: usize) {
-        let rng = &mut self.rng;
-        self.nodes[node].crash(|n| rng.random_range(0..n));
-        self.reach("crashes");
         let delay = match self.rng.random_bool(0.5) {
             true => self.micros(500, 30_000),
             false => self.micros(30_000, 800_000),
         };
+        self.crash_for(node, delay);
+    }
+
+    fn crash_for(&mut self, node: usize, delay: Duration) {
+        let rng = &mut self.rng;
+        self.nodes[node].crash(|n| rng.random_range(0..n));
+        self.reach("crashes");
         self.at(delay, Happens::Restart { node });
     }
 
@@ -39,9 +43,15 @@ impl World {
             }
             5 => {
                 self.reach("total outages");
+                // Half of them are power cuts: everybody is back at about the same time, long after
+                // the last lease.
+                let power_cut = self.rng.random_bool(0.5).then(|| self.micros(250_000, 600_000));
                 for node in 0..self.nodes.len() {
-                    if self.nodes[node].up {
-                        self.crash(node);
+                    let jitter = self.micros(0, 80_000);
+                    match power_cut {
+                        _ if !self.nodes[node].up => {}
+                        Some(dark) => self.crash_for(node, dark + jitter),
+                        None => self.crash(node),
                     }
                 }
             }
@@ -57,6 +67,22 @@ impl World {
                 self.at(delay, Happens::Heal { node, manager: true });
             }
         }
+    }
+
+    /// Operators and background workers change the chain while it works.
+    pub(super) fn operate(&mut self) {
+        if self.now >= FAULTS_END {
+            return;
+        }
+        let delay = self.micros(10_000, 200_000);
+        self.at(delay, Happens::Operator);
+        let moves = self.rng.random_bool(0.4);
+        let rng = &mut self.rng;
+        match moves {
+            true => self.manager.begin_move(|n| rng.random_range(0..n)),
+            false => self.manager.rotate(|n| rng.random_range(0..n)),
+        }
+        self.manager.settle(self.now);
     }
 
     // ---- clients ----
