@@ -241,6 +241,10 @@ pub struct RailWork {
     pub events: u64,
     /// Of the SENDs and WRITEs, those carried within the request itself.
     pub inline: u64,
+    /// Memory windows bound: rights given to a peer for one call.
+    pub binds: u64,
+    /// Memory windows taken back by this side; peers take back most of them with their answers.
+    pub invalidations: u64,
 }
 
 /// What this process reaches its peers by.
@@ -457,6 +461,8 @@ fn report(rail: &Rail) -> RailReport {
             completions: n(&counters.completions),
             events: n(&counters.events),
             inline: n(&counters.inline),
+            binds: n(&counters.binds),
+            invalidations: n(&counters.invalidations),
         },
     }
 }

@@ -598,10 +598,11 @@ impl Engine {
             status.failure = error.to_string();
         }
         if let Some(wire) = &self.wire {
-            let (shm, tcp) = wire.bytes();
+            let carried = wire.carried();
+            let links = [carried.shm, carried.tcp, carried.rdma];
             let arena = self.arena.as_ref().map(|a| a.counted.get()).unwrap_or_default();
-            status.bytes_sent = shm.0 + tcp.0 + arena.staged;
-            status.bytes_received = shm.1 + tcp.1 + arena.read;
+            status.bytes_sent = links.iter().map(|l| l.0).sum::<u64>() + arena.staged;
+            status.bytes_received = links.iter().map(|l| l.1).sum::<u64>() + arena.read;
             if let Some(front) = self.collectives.front() {
                 status.operation = front.descriptor.to_string();
                 let idle = front.began.map(|at| now.saturating_duration_since(at)).unwrap_or_default();

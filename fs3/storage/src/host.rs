@@ -11,8 +11,8 @@ use fs3_core::target::{Action, Answer, Context, Event, Forward, Handle, Meta, Ta
 use prost::Message;
 use std::collections::HashMap;
 use std::ops::Bound;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 use tokio::sync::oneshot;
 
@@ -21,8 +21,6 @@ use tokio::sync::oneshot;
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(4);
 /// Time for an answer that needs no disk.
 const SMALL_TIMEOUT: Duration = Duration::from_secs(1);
-/// Commit records alone are no reason to hurry: nobody waits for them.
-const LAZY: Duration = Duration::from_millis(50);
 
 /// What a host needs of its node.
 pub(crate) trait Surroundings: Send + Sync + 'static {
@@ -32,13 +30,6 @@ pub(crate) trait Surroundings: Send + Sync + 'static {
     fn client(&self) -> &Client;
     /// The manager should hear of this soon.
     fn report(&self);
-}
-
-#[derive(Default)]
-struct Signal {
-    urgent: bool,
-    lazy: bool,
-    stop: bool,
 }
 
 /// What the manager is told about the target.
@@ -56,8 +47,7 @@ pub(crate) struct Host<D> {
     waiting: Mutex<HashMap<Handle, oneshot::Sender<Result<Answer, WireError>>>>,
     handles: AtomicU64,
     report: Mutex<Report>,
-    signal: Mutex<Signal>,
-    wake: Condvar,
+    stopped: AtomicBool,
     around: Arc<dyn Surroundings>,
     runtime: tokio::runtime::Handle,
     this: OnceLock<Weak<Self>>,
@@ -80,8 +70,7 @@ impl<D: Disk + 'static> Host<D> {
             waiting: Mutex::default(),
             handles: AtomicU64::new(1),
             report: Mutex::default(),
-            signal: Mutex::default(),
-            wake: Condvar::new(),
+            stopped: AtomicBool::new(false),
             around,
             runtime: tokio::runtime::Handle::current(),
             this: OnceLock::new(),
@@ -96,17 +85,14 @@ impl<D: Disk + 'static> Host<D> {
 
     /// Ends the disk thread and everybody's waiting. Says how the disk had failed, if it had.
     pub(crate) fn stop(&self) -> Option<String> {
-        lock(&self.signal).stop = true;
-        self.wake.notify_all();
+        self.stopped.store(true, Ordering::SeqCst);
         lock(&self.waiting).clear();
-        let failure = self.engine.failed();
-        self.engine.close();
-        failure
+        self.engine.stop()
     }
 
     /// Lets go of the disk though calls that still run hold this host.
     pub(crate) fn release(&self) {
-        self.engine.disk().release();
+        self.engine.release();
     }
 
     pub(crate) fn id(&self) -> TargetId {
@@ -129,7 +115,7 @@ impl<D: Disk + 'static> Host<D> {
     /// Reads a chunk as a whole, verifies it, and repairs it from other replicas: bytes read and
     /// blocks repaired. A chunk that has gone meanwhile is in order.
     pub(crate) async fn check_chunk(self: &Arc<Self>, chunk: ChunkId) -> Result<(u64, u64), EngineError> {
-        let Some(plan) = self.engine.plan_read(chunk, false) else { return Ok((0, 0)) };
+        let Some(plan) = self.engine.plan_read(chunk, false, 0..u32::MAX) else { return Ok((0, 0)) };
         let length = plan.meta().length as usize;
         let pool = self.around.client().pool().clone();
         let (_, repaired) = self.read_plan(plan, 0, length, &pool).await?;
@@ -141,31 +127,14 @@ impl<D: Disk + 'static> Host<D> {
     }
 
     fn run_disk(&self) {
-        loop {
-            {
-                let mut signal = lock(&self.signal);
-                while !signal.urgent && !signal.stop {
-                    if signal.lazy {
-                        let (again, timeout) =
-                            self.wake.wait_timeout(signal, LAZY).unwrap_or_else(PoisonError::into_inner);
-                        signal = again;
-                        if timeout.timed_out() {
-                            break;
-                        }
-                    } else {
-                        signal = self.wake.wait(signal).unwrap_or_else(PoisonError::into_inner);
-                    }
-                }
-                if signal.stop {
-                    return;
-                }
-                (signal.urgent, signal.lazy) = (false, false);
-            }
-            for done in self.engine.run_batch() {
+        let mut driver = self.engine.driver();
+        while let Some(ended) = self.engine.turn(&mut driver) {
+            for done in ended {
                 match done {
                     Done::Written { chunk, id, result } => {
                         if let Err(error) = result {
-                            tracing::warn!(target_id = %self.id, %chunk, ?error, "a write failed");
+                            let reason = self.engine.failed();
+                            tracing::warn!(target_id = %self.id, %chunk, ?error, reason, "a write failed");
                         }
                         self.step(Event::Written { chunk, id, result });
                     }
@@ -174,10 +143,6 @@ impl<D: Disk + 'static> Host<D> {
                         self.repair_and_write(id, base, version, update, at_once, index);
                     }
                 }
-            }
-            if self.engine.has_work() {
-                // A batch takes only so much; records that wait for room are no hurry.
-                lock(&self.signal).lazy = true;
             }
         }
     }
@@ -195,25 +160,15 @@ impl<D: Disk + 'static> Host<D> {
         let Some(host) = self.arc() else { return };
         self.runtime.spawn(async move {
             let chunk = update.chunk;
-            if let Some(plan) = host.engine.plan_read(chunk, false)
-                && host.repair(&plan, chunk, index).await
+            let start = index * BLOCK_BYTES as u32;
+            if let Some(mut plan) = host.engine.plan_read(chunk, false, start..start + BLOCK_BYTES as u32)
+                && host.repair(&mut plan, chunk, index).await
             {
                 host.engine.write(id, base, version, update, at_once);
-                host.wake_disk(true);
                 return;
             }
             host.step(Event::Written { chunk, id, result: Err(WriteError::Failed) });
         });
-    }
-
-    fn wake_disk(&self, urgent: bool) {
-        let mut signal = lock(&self.signal);
-        if urgent {
-            signal.urgent = true;
-        } else {
-            signal.lazy = true;
-        }
-        self.wake.notify_one();
     }
 
     /// One step of the machine, with everything that it asks for.
@@ -232,7 +187,7 @@ impl<D: Disk + 'static> Host<D> {
         let handle = self.handles.fetch_add(1, Ordering::Relaxed);
         let (send, receive) = oneshot::channel();
         lock(&self.waiting).insert(handle, send);
-        if lock(&self.signal).stop {
+        if self.stopped.load(Ordering::SeqCst) {
             lock(&self.waiting).remove(&handle);
         }
         self.step(event(handle));
@@ -248,19 +203,15 @@ impl<D: Disk + 'static> Host<D> {
         match action {
             Action::Write { id, base, version, update, commit } => {
                 self.engine.write(id, base, version, update, commit);
-                self.wake_disk(true);
             }
             Action::Commit { chunk, version } => {
                 self.engine.commit(chunk, version);
-                self.wake_disk(false);
             }
             Action::Drop { chunk, version } => {
                 self.engine.drop_pending(chunk, version);
-                self.wake_disk(false);
             }
             Action::Flush { id, remove, page } => {
                 self.engine.flush(id, remove, page);
-                self.wake_disk(true);
             }
             Action::Read { id, chunk, pending } => self.read_whole(id, chunk, pending),
             Action::Reply { reply, result } => {
@@ -372,7 +323,7 @@ impl<D: Disk + 'static> Host<D> {
     /// A whole chunk for the machine. The version is the one of this moment.
     fn read_whole(&self, id: u64, chunk: ChunkId, pending: bool) {
         let Some(host) = self.arc() else { return };
-        let plan = self.engine.plan_read(chunk, pending);
+        let plan = self.engine.plan_read(chunk, pending, 0..u32::MAX);
         self.runtime.spawn(async move {
             let content = match plan {
                 None => None,
@@ -395,32 +346,23 @@ impl<D: Disk + 'static> Host<D> {
     /// Reads and verifies; a corrupt block is fetched from another replica, once each. The bytes,
     /// and how many blocks were repaired.
     async fn read_plan(
-        self: &Arc<Self>,
-        plan: ReadPlan,
+        &self,
+        mut plan: ReadPlan,
         offset: usize,
         length: usize,
         pool: &BufPool,
     ) -> Result<(Buf, u64), EngineError> {
-        let plan = Arc::new(plan);
         let mut buffer = pool.alloc(length).await;
         let (mut repaired, mut repairs) = (None, 0);
         loop {
-            let (host, held) = (Arc::clone(self), Arc::clone(&plan));
-            let read = tokio::task::spawn_blocking(move || {
-                let result = host.engine.read(&held, offset, &mut buffer[..length]);
-                (buffer, result)
-            });
-            let (back, result) =
-                read.await.map_err(|e| EngineError::Failed(format!("a read was cut short: {e}")))?;
-            buffer = back;
-            match result {
+            match self.engine.read(&mut plan, offset, &mut buffer[..length]).await {
                 Ok(()) => {
                     buffer.set_len(length);
                     return Ok((buffer.freeze(), repairs));
                 }
                 Err(EngineError::Corrupt { chunk, index, block }) => {
                     tracing::warn!(target_id = %self.id, %chunk, index, block, "a block fails its checksum");
-                    if repaired == Some(index) || !self.repair(&plan, chunk, index).await {
+                    if repaired == Some(index) || !self.repair(&mut plan, chunk, index).await {
                         return Err(EngineError::Corrupt { chunk, index, block });
                     }
                     repaired = Some(index);
@@ -432,7 +374,7 @@ impl<D: Disk + 'static> Host<D> {
     }
 
     /// Fetches a block from the other serving replicas until one fits its checksum here.
-    async fn repair(&self, plan: &ReadPlan, chunk: ChunkId, index: u32) -> bool {
+    async fn repair(&self, plan: &mut ReadPlan, chunk: ChunkId, index: u32) -> bool {
         let chain = lock(&self.machine).chain().cloned();
         let Some(chain) = chain else { return false };
         let offset = index * BLOCK_BYTES as u32;
@@ -481,7 +423,7 @@ impl<D: Disk + 'static> Host<D> {
         let (grant, plan) = {
             let mut machine = lock(&self.machine);
             let grant = machine.read(context, chain_version, chunk, now())?;
-            (grant, self.engine.plan_read(chunk, false))
+            (grant, self.engine.plan_read(chunk, false, offset..offset.saturating_add(length)))
         };
         let (Some(meta), Some(plan)) = (grant.meta, plan) else { return Ok((None, None, grant.dirty)) };
         if plan.meta() != meta {

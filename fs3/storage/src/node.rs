@@ -4,7 +4,7 @@
 //! empties folders accordingly.
 
 use crate::StorageConfig;
-use crate::engine::{Engine, EngineOptions, FileDisk, Header};
+use crate::engine::{Engine, EngineOptions, FileDisk, Header, Way};
 use crate::host::{Host, Surroundings};
 use crate::scrub::{self, Order, Progress};
 use firefly_net::{BufPool, Client, Traffic};
@@ -242,7 +242,8 @@ impl Node {
     /// Opens the target's folder, or empties it, as its public state demands.
     fn settle(self: &Arc<Self>, target: TargetId, chain: &pb::ChainInfo, state: PublicState) {
         let chain_id = ChainId(chain.chain_id);
-        let is_empty = !self.dir(target).join("header").exists();
+        // A folder that cannot be looked at is not an empty one; opening it says what is wrong.
+        let is_empty = FileDisk::is_empty(&self.dir(target)).unwrap_or(false);
         let (verdict, mut slot) = {
             let mut slots = lock(&self.slots);
             let slot = slots.entry(target).or_insert_with(|| Slot::new(chain_id));
@@ -284,14 +285,15 @@ impl Node {
 
     fn open(self: &Arc<Self>, target: TargetId, chain: ChainId, wipe: bool) -> Result<Running, String> {
         let dir = self.dir(target);
-        if wipe && dir.exists() {
-            std::fs::remove_dir_all(&dir).map_err(|e| format!("cannot empty {}: {e}", dir.display()))?;
+        if wipe {
+            FileDisk::wipe(&dir).map_err(|e| format!("cannot empty {}: {e}", dir.display()))?;
         }
         let disk = FileDisk::open(&dir).map_err(|e| format!("cannot open {}: {e}", dir.display()))?;
         let header = Header { cluster: self.config.identity.cluster, target };
         let options =
             EngineOptions { capacity_bytes: self.config.capacity_bytes, ..EngineOptions::default() };
-        let (engine, recovered) = Engine::open(disk, header, options).map_err(|e| e.to_string())?;
+        let (engine, recovered) =
+            Engine::open(disk, header, options, Way::Best).map_err(|e| e.to_string())?;
         tracing::info!(
             %target,
             chunks = recovered.committed.len(),

@@ -49,6 +49,8 @@ pub(crate) struct DeviceCounters {
     pub(crate) completions: AtomicU64,
     pub(crate) events: AtomicU64,
     pub(crate) inline: AtomicU64,
+    pub(crate) binds: AtomicU64,
+    pub(crate) invalidations: AtomicU64,
 }
 
 /// Called with the reason when a queue pair has failed outside of any work of its own.
@@ -65,6 +67,9 @@ pub(crate) struct Device {
     pub(crate) counters: DeviceCounters,
     /// Live queue pairs that want to hear of their failure, by number.
     pub(super) alarms: Mutex<HashMap<u32, QueueAlarm>>,
+    /// Registrations of pool blocks by local key, as windows are bound to them: addresses of
+    /// `ibv_mr`.
+    blocks: Mutex<HashMap<u32, usize>>,
 }
 
 // SAFETY: verbs objects may be used from any thread; the library locks where it must.
@@ -198,7 +203,16 @@ impl Device {
             limits,
             counters: DeviceCounters::default(),
             alarms: Mutex::default(),
+            blocks: Mutex::default(),
         }))
+    }
+
+    /// As `open`, of a device that has no memory windows: some have none.
+    #[cfg(test)]
+    pub(crate) fn open_without_windows(name: &str) -> Result<Arc<Device>, LinkError> {
+        let mut device = Device::open(name)?;
+        Arc::get_mut(&mut device).expect("just opened").limits.windows = 0;
+        Ok(device)
     }
 
     /// As the system names it.
@@ -209,6 +223,22 @@ impl Device {
     /// What it allows.
     pub(crate) fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// Whether peers are given keys of memory windows rather than of whole blocks.
+    pub(crate) fn has_windows(&self) -> bool {
+        self.limits.windows > 0
+    }
+
+    /// The key of a block that goes into a [`Window`](crate::link::Window): what windows are bound
+    /// by where there are windows, else what the peer uses.
+    pub(crate) fn key_of(&self, keys: Keys) -> u32 {
+        if self.has_windows() { keys.local } else { keys.remote }
+    }
+
+    /// The registration of the pool block with this local key.
+    pub(super) fn block(&self, local: u32) -> Option<*mut ffi::ibv_mr> {
+        lock(&self.blocks).get(&local).map(|mr| *mr as *mut ffi::ibv_mr)
     }
 
     /// Looks at port `number`.
@@ -315,9 +345,12 @@ impl Device {
         address: *mut u8,
         len: usize,
     ) -> Result<Arc<dyn Any + Send + Sync>, LinkError> {
+        let reach = if self.has_windows() { Reach::Windows } else { Reach::Peer };
         // SAFETY: the memory is a pool block's, which drops this registration before it is freed.
-        let region = unsafe { Region::new(self, address, len, Reach::Peer) }?;
-        Ok(Arc::new(region))
+        let region = unsafe { Region::new(self, address, len, reach) }?;
+        // A block is dropped with its registration, so the entry goes with it.
+        lock(&self.blocks).insert(region.keys().local, region.mr.as_ptr() as usize);
+        Ok(Arc::new(Block(region)))
     }
 }
 
@@ -342,8 +375,12 @@ impl std::fmt::Debug for Device {
 pub(crate) enum Reach {
     /// This side's own work and messages that arrive into receives posted by it.
     Local,
-    /// Also a peer that was given the remote key: READ and WRITE.
+    /// Also a peer that was given the remote key: READ and WRITE, on any queue pair of the device
+    /// instance, until the registration ends.
     Peer,
+    /// Also a peer through a memory window bound to it; the registration itself gives peers no
+    /// right.
+    Windows,
 }
 
 /// How registered memory is named: locally and by the peer.
@@ -354,9 +391,18 @@ pub(crate) struct Keys {
 }
 
 fn keys(registration: &Arc<dyn Any + Send + Sync>) -> Keys {
-    let region: &Region =
+    let block: &Block =
         registration.downcast_ref().expect("a device instance's number finds its own registrations");
-    region.keys()
+    block.0.keys()
+}
+
+/// The registration of a pool block, which the device can find by its local key.
+struct Block(Region);
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        lock(&self.0.device.blocks).remove(&self.0.keys().local);
+    }
 }
 
 /// Memory registered with a device for as long as this lives.
@@ -391,11 +437,10 @@ impl Region {
         reach: Reach,
     ) -> Result<Region, LinkError> {
         let mut access = ffi::IBV_ACCESS_LOCAL_WRITE;
-        if reach == Reach::Peer {
-            access |= ffi::IBV_ACCESS_REMOTE_WRITE | ffi::IBV_ACCESS_REMOTE_READ;
-            if device.limits.windows > 0 {
-                access |= ffi::IBV_ACCESS_MW_BIND;
-            }
+        match reach {
+            Reach::Local => {}
+            Reach::Peer => access |= ffi::IBV_ACCESS_REMOTE_WRITE | ffi::IBV_ACCESS_REMOTE_READ,
+            Reach::Windows => access |= ffi::IBV_ACCESS_MW_BIND,
         }
         let (api, pd, at) = (device.api, device.pd.as_ptr(), address.cast());
         let relaxed = (access | ffi::IBV_ACCESS_RELAXED_ORDERING) as u32;

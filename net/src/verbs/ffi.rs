@@ -380,6 +380,9 @@ pub(crate) const IBV_WC_RECV_RDMA_WITH_IMM: c_uint = IBV_WC_RECV + 1;
 pub(crate) const IBV_WC_WITH_IMM: c_uint = 1 << 1;
 /// `ibv_wc::wc_flags`.
 pub(crate) const IBV_WC_WITH_INV: c_uint = 1 << 3;
+/// What Soft-RoCE sets for it (seen with Linux 6.12): the kernel's own number for the flag. To the
+/// library it says that a checksum was right, of which reliable connections know nothing.
+pub(crate) const RXE_WC_WITH_INV: c_uint = 1 << 2;
 
 /// Asynchronous events (`ibv_event_type`) that something is done about.
 pub(crate) mod event {

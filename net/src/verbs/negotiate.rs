@@ -49,10 +49,10 @@ pub(crate) struct End {
     pub(crate) address: Address,
     /// Receives posted.
     pub(crate) receives: u32,
-    /// Bytes that each of them takes, or of another buffer that the protocol above names.
-    pub(crate) bytes: u64,
-    /// A region of memory that the protocol above names, or zeros.
-    pub(crate) region: (u64, u32),
+    /// Bytes that each of them takes.
+    pub(crate) bytes: u32,
+    /// The keys that it gives to its peer are of memory windows, which a SEND may invalidate.
+    pub(crate) windows: bool,
 }
 
 /// What is said.
@@ -179,8 +179,7 @@ fn put_end(out: &mut Vec<u8>, end: &End) {
     out.extend_from_slice(&[mtu as u8, reads]);
     out.extend_from_slice(&end.receives.to_le_bytes());
     out.extend_from_slice(&end.bytes.to_le_bytes());
-    out.extend_from_slice(&end.region.0.to_le_bytes());
-    out.extend_from_slice(&end.region.1.to_le_bytes());
+    out.push(u8::from(end.windows));
 }
 
 /// Cuts fields from a frame; too few bytes are an error.
@@ -232,8 +231,12 @@ impl<'a> Fields<'a> {
         let lid = u16::from_le_bytes(self.array()?);
         let (mtu, reads) = (u32::from(self.u8()?), self.u8()?);
         let receives = self.u32()?;
-        let bytes = u64::from_le_bytes(self.array()?);
-        let region = (u64::from_le_bytes(self.array()?), self.u32()?);
+        let bytes = self.u32()?;
+        let windows = match self.u8()? {
+            0 => false,
+            1 => true,
+            _ => return Err(FrameError::Field("the kind of keys")),
+        };
         // Numbers of queue pairs and packets have 24 bits; 0 and 1 are management queue pairs.
         if !(2..=0xFF_FFFF).contains(&qp) {
             return Err(FrameError::Field("the queue pair's number"));
@@ -251,7 +254,7 @@ impl<'a> Fields<'a> {
             return Err(FrameError::Field("the number of receives"));
         }
         let address = Address { qp, psn, gid: place.gid, lid, mtu, reads };
-        Ok(End { place, address, receives, bytes, region })
+        Ok(End { place, address, receives, bytes, windows })
     }
 }
 
@@ -265,7 +268,7 @@ mod tests {
         gid[10..].copy_from_slice(&[0xFF, 0xFF, 10, 1, 0, 2]);
         let place = Place { link: LinkLayer::Ethernet, gid, rail: 1, name: "rxe1".into() };
         let address = Address { qp: 17, psn: 0x12_3456, gid, lid: 0, mtu: 5, reads: 16 };
-        End { place, address, receives: 64, bytes: 4096, region: (0x0102_0304_0506_0708, 9) }
+        End { place, address, receives: 64, bytes: 4096, windows: true }
     }
 
     fn frames() -> Vec<Frame> {

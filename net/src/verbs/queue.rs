@@ -15,6 +15,7 @@ use super::device::{Device, QueueAlarm, check, failed, refused, set_nonblocking}
 use super::ffi::{self, mask};
 use super::port::{LinkLayer, Port};
 use super::status::WorkError;
+use super::window::MemoryWindow;
 use crate::error::LinkError;
 use crate::fabric::Class;
 use firefly_types::lock;
@@ -79,6 +80,10 @@ pub(crate) enum Op {
     WriteImm(Remote, u32),
     /// The peer's memory into local memory.
     Read(Remote),
+    /// As `Send`; on arrival the peer's window with this key is free again.
+    SendInvalidate(u32),
+    /// This side's window with this key is free again. Takes no memory.
+    Invalidate(u32),
 }
 
 /// One send-side request.
@@ -93,6 +98,13 @@ pub(crate) struct Request {
     /// The bytes are copied while posting: the memory may be changed at once and needs no key. At
     /// most [`Queue::inline_limit`] bytes, SEND and WRITE only.
     pub(crate) inline: bool,
+}
+
+/// What a peer may do through a memory window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WindowAccess {
+    Read,
+    Write,
 }
 
 /// A piece of local memory, as a device reads it.
@@ -110,6 +122,8 @@ pub(crate) struct Completion {
     /// As given with the request or the receive.
     pub(crate) id: u64,
     pub(crate) result: Result<Done, WorkError>,
+    /// A window of this side's that the SEND which arrived has set free.
+    pub(crate) invalidated: Option<u32>,
 }
 
 /// What was done.
@@ -143,7 +157,10 @@ impl Completion {
         } else {
             Ok(Done::Request)
         };
-        Completion { id: wc.wr_id, result }
+        let frees = wc.wc_flags & (ffi::IBV_WC_WITH_INV | ffi::RXE_WC_WITH_INV) != 0
+            && wc.wc_flags & ffi::IBV_WC_WITH_IMM == 0;
+        let invalidated = (result.is_ok() && frees).then_some(wc.imm_data);
+        Completion { id: wc.wr_id, result, invalidated }
     }
 }
 
@@ -387,18 +404,68 @@ impl Queue {
                 wr.opcode = ffi::IBV_WR_RDMA_READ;
                 &counters.reads
             }
+            Op::SendInvalidate(key) => {
+                (wr.opcode, wr.imm_data) = (ffi::IBV_WR_SEND_WITH_INV, key);
+                &counters.sends
+            }
+            Op::Invalidate(key) => {
+                (wr.opcode, wr.imm_data) = (ffi::IBV_WR_LOCAL_INV, key);
+                &counters.invalidations
+            }
         };
-        let mut bad = std::ptr::null_mut();
-        // SAFETY: the context's table has this entry; the request and its list outlive the call.
-        let code = unsafe {
-            let post_send = (*self.device.context.as_ptr()).ops.post_send;
-            post_send(self.qp.as_ptr(), &mut wr, &mut bad)
-        };
-        check(code, self.device.name(), "posting work")?;
+        // SAFETY: the request's list outlives the call.
+        unsafe { self.post_wr(&mut wr) }?;
         counter.fetch_add(1, Ordering::Relaxed);
         counters.bytes.fetch_add(pieces.iter().map(|p| u64::from(p.length)).sum(), Ordering::Relaxed);
         counters.inline.fetch_add(u64::from(request.inline), Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Hands a request to the library.
+    ///
+    /// # Safety
+    /// Its list of pieces is alive; what else it points to is as `post` and `bind` ask for.
+    unsafe fn post_wr(&self, wr: &mut ffi::ibv_send_wr) -> Result<(), LinkError> {
+        let mut bad = std::ptr::null_mut();
+        // SAFETY: the context's table has this entry; the request outlives the call.
+        let code = unsafe {
+            let post_send = (*self.device.context.as_ptr()).ops.post_send;
+            post_send(self.qp.as_ptr(), wr, &mut bad)
+        };
+        check(code, self.device.name(), "posting work")
+    }
+
+    /// Binds `window` to part of a pool block and returns its key, good for requests of the peer
+    /// that follow from requests posted after this one. The block is named by its local key.
+    ///
+    /// # Safety
+    /// The peer may read (or write, as `access` says) the memory until the window is invalidated or
+    /// dropped: it must stay valid, and what the peer may write untouched.
+    pub(crate) unsafe fn bind(
+        &self,
+        id: u64,
+        signaled: bool,
+        window: &mut MemoryWindow,
+        (address, len, local): (u64, u64, u32),
+        access: WindowAccess,
+    ) -> Result<u32, LinkError> {
+        let Some(mr) = self.device.block(local) else {
+            return Err(refused(self.device.name(), "binding a window", "the memory is not registered"));
+        };
+        let flags = if signaled { ffi::IBV_SEND_SIGNALED } else { 0 };
+        let mut wr = ffi::ibv_send_wr::new(id, ffi::IBV_WR_BIND_MW, flags);
+        let (mw, key) = window.next();
+        (wr.bind_mw, wr.bind_rkey) = (mw, key);
+        let mw_access_flags = match access {
+            WindowAccess::Read => ffi::IBV_ACCESS_REMOTE_READ,
+            WindowAccess::Write => ffi::IBV_ACCESS_REMOTE_WRITE,
+        } as c_uint;
+        wr.bind_info = ffi::ibv_mw_bind_info { mr, addr: address, length: len, mw_access_flags };
+        // SAFETY: the window and the registration are alive; the caller's promise about the memory.
+        unsafe { self.post_wr(&mut wr) }?;
+        window.bound(key);
+        self.device.counters.binds.fetch_add(1, Ordering::Relaxed);
+        Ok(key)
     }
 
     /// Posts one receive; no piece for one that only a WRITE with immediate uses up.
@@ -559,7 +626,10 @@ mod tests {
             // The opcode of a failed completion means nothing.
             (10, ffi::IBV_WC_RECV, Err(WorkError::RemoteAccess)),
         ] {
-            assert_eq!(Completion::of(&wc(status, opcode)), Completion { id: 4, result });
+            let expected = Completion { id: 4, result, invalidated: None };
+            assert_eq!(Completion::of(&wc(status, opcode)), expected);
         }
+        let freed = ffi::ibv_wc { wc_flags: ffi::IBV_WC_WITH_INV, imm_data: 9, ..wc(0, ffi::IBV_WC_RECV) };
+        assert_eq!(Completion::of(&freed).invalidated, Some(9));
     }
 }

@@ -1,7 +1,10 @@
 //! What the core is told, and what it answers.
 
+use crate::amount::Usage;
+use crate::faults::{Fault, Maintenance};
 use crate::job::{Exit, Job};
 use crate::node::{NodeInfo, NodeRecord};
+use crate::policy::Policy;
 use crate::spec::JobSpec;
 use firefly_types::{AttemptEpoch, ErrorKind, JobId, Nanos, NodeId, Rank};
 use serde::{Deserialize, Serialize};
@@ -9,12 +12,28 @@ use std::time::Duration;
 
 /// The time of an event, on two clocks: leases and delays use the monotonic one, what people read
 /// the wall clock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Now {
     /// Monotonic; counts suspend.
+    #[serde(with = "nanos")]
     pub mono: Nanos,
     /// Milliseconds since 1970.
     pub unix_ms: u64,
+}
+
+/// `Nanos` is a point on some process's clock and has no general encoding; an event log belongs to
+/// one process.
+mod nanos {
+    use firefly_types::Nanos;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(n: &Nanos, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_u64(n.0)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Nanos, D::Error> {
+        u64::deserialize(d).map(Nanos)
+    }
 }
 
 /// Names one process of one attempt.
@@ -35,7 +54,7 @@ impl std::fmt::Display for RankKey {
 }
 
 /// What a node says about one rank.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RankReport {
     /// Which.
     pub key: RankKey,
@@ -48,18 +67,22 @@ pub struct RankReport {
 }
 
 /// States in which a node can report a rank.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reported {
     /// Held at the barrier.
     Prepared,
     /// User code runs.
     Running,
+    /// User code has seen that it shall give way.
+    SuspendReceived,
+    /// User code has saved this step and is about to exit.
+    Saved(u64),
     /// Over.
     Exited(Exit),
 }
 
 /// What happened.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
     /// Somebody wants a job.
     Submit {
@@ -74,6 +97,39 @@ pub enum Event {
         job: JobId,
         /// Why, for the record.
         reason: String,
+    },
+    /// Somebody wants a job to save, give its nodes back and wait.
+    Suspend {
+        /// Which.
+        job: JobId,
+        /// Why.
+        reason: String,
+    },
+    /// Somebody wants a job not to start (again).
+    Hold {
+        /// Which.
+        job: JobId,
+        /// Why.
+        reason: String,
+    },
+    /// Somebody wants a held job to go on.
+    Resume {
+        /// Which.
+        job: JobId,
+    },
+    /// Somebody changes a job's priority.
+    SetPriority {
+        /// Which.
+        job: JobId,
+        /// New.
+        priority: i32,
+    },
+    /// Somebody reorders jobs of their own.
+    SetUserRank {
+        /// Which.
+        job: JobId,
+        /// New; lower goes first.
+        rank: i32,
     },
     /// A node shall (or shall again) get new ranks.
     Cordon {
@@ -110,12 +166,50 @@ pub enum Event {
         /// What.
         report: RankReport,
     },
+    /// User code has come to a step.
+    Progress {
+        /// Which job.
+        job: JobId,
+        /// Which attempt.
+        epoch: AttemptEpoch,
+        /// How far.
+        step: u64,
+        /// Whether the step is saved: nothing before it can be lost.
+        saved: bool,
+    },
+    /// A check of a node has found a fault.
+    Health {
+        /// Which.
+        node: NodeId,
+        /// What kind.
+        fault: Fault,
+        /// It must not be used any more; otherwise it is a warning.
+        critical: bool,
+        /// What was seen.
+        evidence: String,
+    },
+    /// A node is provably off (an operator or its power supply says so): nothing on it runs.
+    Fenced {
+        /// Which.
+        node: NodeId,
+        /// Who says so.
+        by: String,
+    },
+    /// Nodes are set aside for a time.
+    Maintain(Maintenance),
+    /// The window is dropped.
+    CancelMaintenance {
+        /// Which.
+        id: u32,
+    },
+    /// The site's policy changes.
+    Configure(Box<Policy>),
     /// Time has passed.
     Tick,
 }
 
 /// What to do. In this order within one step: persist, note, order, answer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Decision {
     /// Make this durable before any later decision of the step takes effect. The records of one
     /// step are one transaction: a slot that one job gives up may be taken by another.
@@ -149,10 +243,25 @@ pub enum Record {
     Node(NodeRecord),
     /// The job is no longer kept.
     RemoveJob(JobId),
+    /// What a user's jobs used that are no longer kept.
+    Account(AccountRecord),
+    /// A maintenance window.
+    Maintenance(Maintenance),
+    /// The window is over.
+    RemoveMaintenance(u32),
+}
+
+/// What a user's jobs used that are no longer kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AccountRecord {
+    /// Whose.
+    pub user: String,
+    /// How much.
+    pub used: Usage,
 }
 
 /// What a node shall do. Every order can be repeated without harm.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Order {
     /// Make the rank ready and hold it at the barrier.
     Prepare {
@@ -162,6 +271,8 @@ pub enum Order {
         node_rank: u32,
         /// Index of the rank on its node.
         local_rank: u32,
+        /// The node's accelerators that are the job's, as a set of bits.
+        gpus: u64,
     },
     /// Open the barrier.
     Start {
@@ -171,6 +282,13 @@ pub enum Order {
         master: NodeId,
         /// Port kept for the job on it.
         master_port: u16,
+    },
+    /// Ask it to save and exit.
+    Suspend {
+        /// Which.
+        key: RankKey,
+        /// Time that it has.
+        grace: Duration,
     },
     /// End it: SIGTERM, then SIGKILL after the grace.
     Stop {
@@ -192,6 +310,7 @@ impl Order {
         match *self {
             Order::Prepare { key, .. }
             | Order::Start { key, .. }
+            | Order::Suspend { key, .. }
             | Order::Stop { key, .. }
             | Order::Forget { key } => key,
         }
@@ -199,18 +318,20 @@ impl Order {
 }
 
 /// Answer to a person's event.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Answer {
     /// Done or under way, for this job.
     Job(JobId),
     /// Done for this node.
     Node(NodeId),
+    /// Done for the site.
+    Site,
     /// Not done.
     Refused(Refusal),
 }
 
 /// Why a request is refused.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum Refusal {
     /// The request makes no sense on any cluster.
     #[error("{0}")]
@@ -221,14 +342,55 @@ pub enum Refusal {
     /// No such node.
     #[error("no node {0}: `ff node ls` lists them")]
     NoNode(NodeId),
+    /// No such pool of nodes.
+    #[error("no group {group:?}: there are {known}")]
+    NoGroup {
+        /// What was asked.
+        group: String,
+        /// What there is.
+        known: String,
+    },
+    /// More than the site has, even when all of it is there.
+    #[error("the job wants {wanted}, {owner} has {most} when all of it is there: ask for less")]
+    TooLarge {
+        /// What was asked.
+        wanted: String,
+        /// Who has too little.
+        owner: String,
+        /// How much it has.
+        most: String,
+    },
+    /// The quota can never be enough.
+    #[error(
+        "the job wants {wanted}, the quota of {owner} is {most}, and this site does not lend: ask for less, or for more quota"
+    )]
+    BeyondQuota {
+        /// What was asked.
+        wanted: String,
+        /// Whose quota.
+        owner: String,
+        /// How much it is.
+        most: String,
+    },
+    /// What was asked is impossible in the job's present state.
+    #[error("{0}")]
+    NotNow(String),
+    /// No such window.
+    #[error("no maintenance window {0}")]
+    NoMaintenance(u32),
 }
 
 impl Refusal {
     /// For programs.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Refusal::Invalid(_) => ErrorKind::InvalidArgument,
-            Refusal::NoJob(_) | Refusal::NoNode(_) => ErrorKind::NotFound,
+            Refusal::Invalid(_) | Refusal::TooLarge { .. } | Refusal::BeyondQuota { .. } => {
+                ErrorKind::InvalidArgument
+            }
+            Refusal::NotNow(_) => ErrorKind::Unsupported,
+            Refusal::NoJob(_) | Refusal::NoNode(_) | Refusal::NoGroup { .. } | Refusal::NoMaintenance(_) => {
+                ErrorKind::NotFound
+            }
         }
     }
 }

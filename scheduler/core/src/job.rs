@@ -1,9 +1,11 @@
 //! Jobs, their attempts and the ranks of those.
 
+use crate::amount::{Amount, Usage};
 use crate::event::RankKey;
-use crate::spec::JobSpec;
+use crate::spec::{Dependency, JobSpec};
 use firefly_types::{AttemptEpoch, JobId, Nanos, NodeId, Rank};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// Attempts whose details a job keeps; older ones are only counted. Bounds the job's record.
@@ -16,12 +18,17 @@ pub(crate) const DETAIL_BYTES: usize = 300;
 /// Where a job stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum JobState {
-    /// Waits for nodes, for the delay of a restart or for proof that its last attempt is over.
+    /// Waits: for nodes, for quota, for another job, for the delay of a restart or for proof that
+    /// its last attempt is over.
     Pending,
+    /// Waits for a person, who held or suspended it, or whom a breaker calls.
+    Held,
     /// Placed; ranks are being prepared and held.
     Starting,
     /// User code runs (or its remains are being ended before a restart).
     Running,
+    /// Asked to save and give its nodes back; it goes on later.
+    Suspending,
     /// Being ended at a person's wish.
     Stopping,
     /// Every rank exited with 0.
@@ -64,6 +71,49 @@ pub struct Job {
     pub reason: String,
     /// A person's wish to end it, with the reason: an intent that outlives every restart.
     pub stop: Option<String>,
+    /// A wish to hold it, with the reason: it is held as soon as it is pending.
+    #[serde(default)]
+    pub hold: Option<String>,
+    /// Priority that counts: the one asked for, or less after a demotion.
+    #[serde(default)]
+    pub priority: i32,
+    /// Jobs that it still waits for.
+    #[serde(default)]
+    pub waits_for: Vec<Dependency>,
+    /// Its array: id of the first job, and its index.
+    #[serde(default)]
+    pub array: Option<(JobId, u32)>,
+    /// What it has held, over all attempts, up to the last seat given back.
+    #[serde(default)]
+    pub used: Usage,
+    /// Milliseconds that user code has run, over all ended attempts.
+    #[serde(default)]
+    pub ran_ms: u64,
+    /// Since when it could have started, milliseconds since 1970; 0: it could not, or runs.
+    #[serde(default)]
+    pub waiting_unix_ms: u64,
+    /// Its last attempt was ended by a fault that is not its own: it goes before its equals and
+    /// may use standbys.
+    #[serde(default)]
+    pub recovering: bool,
+    /// Times that it was suspended.
+    #[serde(default)]
+    pub suspensions: u32,
+    /// When it was suspended lately, milliseconds since 1970: bounds how often.
+    #[serde(default)]
+    pub suspended_unix_ms: Vec<u64>,
+    /// Measured milliseconds of suspending and starting again, smoothed; 0: not measured.
+    #[serde(default)]
+    pub suspend_cost_ms: u64,
+    /// Highest step that it has reported as saved.
+    #[serde(default)]
+    pub saved_step: u64,
+    /// Attempts in a row that ended without a new saved step, once it reports steps.
+    #[serde(default)]
+    pub no_progress: u32,
+    /// Nodes that it is kept away from, until when (milliseconds since 1970).
+    #[serde(default)]
+    pub avoid: BTreeMap<NodeId, u64>,
     /// Grows with every visible change.
     pub version: u64,
     /// Delay before the next attempt.
@@ -71,6 +121,13 @@ pub struct Job {
     /// When the delay is over; after a restart of the scheduler it starts again.
     #[serde(skip)]
     pub not_before: Nanos,
+    /// Since when its wait has exceeded the site's bound.
+    #[serde(skip)]
+    pub overdue_since: Option<Nanos>,
+    /// When it was suspended before the start under way: the second half of the cost is measured
+    /// from placing to running.
+    #[serde(skip)]
+    pub half_cost_ms: Option<u64>,
 }
 
 impl Job {
@@ -86,7 +143,14 @@ impl Job {
 
     /// Ranks of the last attempt whose end is not proven.
     pub fn unproven(&self) -> impl Iterator<Item = &RankSlot> {
-        self.attempt().into_iter().flat_map(|a| &a.ranks).filter(|r| r.state == RankState::Lost)
+        let attempt = self.attempt().filter(|a| a.tally.lost > 0);
+        attempt.into_iter().flat_map(|a| &a.ranks).filter(|r| r.state == RankState::Lost)
+    }
+
+    /// Milliseconds that user code has run, the attempt under way included.
+    pub(crate) fn ran(&self, now: Nanos) -> u64 {
+        let running = self.attempt().filter(|a| matches!(a.stage, Stage::Running | Stage::Suspending));
+        self.ran_ms + running.map_or(0, |a| millis(now.since(a.running_since)))
     }
 }
 
@@ -109,17 +173,133 @@ pub struct Attempt {
     pub end_reason: String,
     /// Port for the rendezvous on the node of rank 0.
     pub master_port: u16,
+    /// By node of the gang, in the order of ranks.
+    #[serde(default)]
+    pub seats: Vec<Seat>,
+    /// Why it must give way on demand, if so.
+    #[serde(default)]
+    pub opportunistic: Option<Opportunistic>,
+    /// Whether it was overdue when placed: it is not displaced for being in the way of another.
+    #[serde(default)]
+    pub overdue: bool,
+    /// Highest step heard of.
+    #[serde(default)]
+    pub step: u64,
     /// By rank.
     pub ranks: Vec<RankSlot>,
     /// Since when it is in this stage; after a restart of the scheduler it starts again.
     #[serde(skip)]
     pub since: Nanos,
+    /// When its barrier opened.
+    #[serde(skip)]
+    pub running_since: Nanos,
+    /// Last checkpoint (or the start of running): what would be lost counts from here.
+    #[serde(skip)]
+    pub saved_at: Nanos,
+    /// Last sign of progress.
+    #[serde(skip)]
+    pub progress_at: Nanos,
+    /// The suspend handshake.
+    #[serde(default)]
+    pub suspend: Option<Suspend>,
+    /// Ranks by state, so that no report costs a look at all of them.
+    #[serde(skip)]
+    pub(crate) tally: Tally,
+}
+
+/// Why an attempt must give way on demand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Opportunistic {
+    /// Its owner's quota was used up.
+    OverQuota,
+    /// It fills nodes that a job ahead of it waits for, or standbys.
+    Fill,
+}
+
+/// What one node of a gang gives to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seat {
+    /// Which node.
+    pub node: NodeId,
+    /// How much of it.
+    pub amount: Amount,
+    /// Thousandths of the node that others cannot use.
+    pub milli: u64,
+    /// Which accelerators, as a set of bits.
+    pub gpus: u64,
+    /// Milliseconds since 1970 when it was given back, or 0.
+    pub returned_unix_ms: u64,
+}
+
+/// How far a suspension has come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Suspend {
+    /// On whose behalf.
+    pub reason: String,
+    /// A person asked: the job is held afterwards.
+    pub hold: bool,
+    /// A rank has seen the request.
+    pub received: bool,
+    /// A rank has saved, at this step.
+    pub saved: Option<u64>,
+    /// When it was asked.
+    #[serde(skip)]
+    pub since: Nanos,
+}
+
+/// Ranks of an attempt by state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    pub(crate) assigned: u32,
+    pub(crate) live: u32,
+    pub(crate) lost: u32,
 }
 
 impl Attempt {
     /// Whether every rank is over or lost.
     pub fn is_over(&self) -> bool {
-        self.ranks.iter().all(|r| !r.state.is_live())
+        self.tally.live == 0
+    }
+
+    /// Changes a rank's state and the tally with it.
+    pub(crate) fn set(&mut self, rank: Rank, state: RankState) {
+        let Some(slot) = self.ranks.get_mut(rank.0 as usize) else { return };
+        let count = |tally: &mut Tally, state: &RankState, by: i64| {
+            let change = |n: &mut u32, is: bool| {
+                if is {
+                    *n = u32::try_from(i64::from(*n) + by).unwrap_or(0);
+                }
+            };
+            change(&mut tally.assigned, *state == RankState::Assigned);
+            change(&mut tally.live, state.is_live());
+            change(&mut tally.lost, *state == RankState::Lost);
+        };
+        count(&mut self.tally, &slot.state, -1);
+        count(&mut self.tally, &state, 1);
+        slot.state = state;
+    }
+
+    /// The tally from the ranks themselves.
+    pub(crate) fn counted(&self) -> Tally {
+        let of = |is: fn(&RankState) -> bool| {
+            u32::try_from(self.ranks.iter().filter(|r| is(&r.state)).count()).unwrap_or(u32::MAX)
+        };
+        Tally {
+            assigned: of(|s| *s == RankState::Assigned),
+            live: of(RankState::is_live),
+            lost: of(|s| *s == RankState::Lost),
+        }
+    }
+
+    /// Seats not given back.
+    pub(crate) fn seats_held(&self) -> impl Iterator<Item = &Seat> {
+        self.seats.iter().filter(|s| s.returned_unix_ms == 0)
+    }
+
+    /// Ranks on each seat.
+    pub(crate) fn ranks_of_seat(&self, seat: usize) -> std::ops::Range<usize> {
+        let each = self.ranks.len() / self.seats.len().max(1);
+        seat * each..(seat + 1) * each
     }
 
     /// Node of rank 0.
@@ -135,14 +315,16 @@ pub enum Stage {
     Preparing,
     /// The barrier is open.
     Running,
+    /// Asked to save and exit.
+    Suspending,
     /// Something ended it; the remaining ranks are being stopped.
     Ending,
     /// Every rank is over or lost.
     Ended,
 }
 
-/// What ended an attempt: the table in `restart.rs` says what follows from each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What ended an attempt: exactly one. The table in `restart.rs` says what follows from each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum EndCause {
     /// Every rank exited with 0.
     Completed,
@@ -154,6 +336,22 @@ pub enum EndCause {
     StartTimeout,
     /// A person.
     Stopped,
+    /// It gave its nodes back: it acknowledged the request, or exited with the agreed code.
+    Suspended,
+    /// It was asked to give its nodes back and did not in time.
+    SuspendForced,
+    /// An accelerator of its broke.
+    GpuFault,
+    /// The network of a node of its broke.
+    NetworkFault,
+    /// The storage of a node of its broke.
+    StorageFault,
+    /// A node of its broke in another way.
+    HostFault,
+    /// No progress for too long.
+    Hang,
+    /// It ran as long as it may.
+    TimeLimit,
 }
 
 /// One process of an attempt.
@@ -218,6 +416,11 @@ impl fmt::Display for Exit {
         }
         if self.detail.is_empty() { Ok(()) } else { write!(f, ": {}", self.detail) }
     }
+}
+
+/// Whole milliseconds of a duration.
+pub(crate) fn millis(time: std::time::Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Name of a Linux signal.

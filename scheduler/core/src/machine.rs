@@ -1,13 +1,20 @@
 //! The step machine: jobs and nodes as one value.
 
-use crate::event::{Answer, Decision, Event, Now, Order, RankKey, Record, Refusal};
-use crate::job::{EndCause, Job, JobState, RankState, Stage};
+use crate::amount::Usage;
+use crate::capacity::{Capacity, Standing};
+use crate::event::{AccountRecord, Answer, Decision, Event, Now, Order, RankKey, Record, Refusal};
+use crate::faults::Maintenance;
+use crate::job::{EndCause, Job, JobState, RankState, Seat, Stage};
 use crate::node::{Node, NodeInfo, NodeRecord};
+use crate::pass::Tried;
 use crate::policy::Policy;
-use crate::spec::JobSpec;
+use crate::queue::{ClassId, Dependents, Queue};
+use crate::quota::Ledger;
+use crate::reserve::Reservation;
+use crate::timers::{Timer, Timers};
+use crate::users::Users;
 use firefly_types::{AttemptEpoch, JobId, Nanos, NodeId, Rank};
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 /// The whole state of the scheduler.
@@ -16,19 +23,50 @@ pub struct Core {
     pub(crate) policy: Policy,
     pub(crate) jobs: BTreeMap<JobId, Job>,
     pub(crate) nodes: BTreeMap<NodeId, Node>,
-    /// Jobs that wait, in the order in which they are served.
-    pub(crate) pending: BTreeSet<(Reverse<i32>, JobId)>,
-    /// Jobs that have an attempt which is not over, or ranks whose end is not proven.
+    /// Jobs that could start if there were room.
+    pub(crate) queue: Queue,
+    /// Pending jobs that wait for something else than room.
+    pub(crate) waiting: BTreeSet<JobId>,
+    /// Jobs that have an attempt which is not over, or ranks whose end is not proven: all that
+    /// hold seats.
     pub(crate) active: BTreeSet<JobId>,
+    /// Attempts that give way on demand.
+    pub(crate) opportunistic: BTreeSet<JobId>,
+    /// Jobs that span zones.
+    pub(crate) crossing: BTreeSet<JobId>,
+    /// Jobs of each array that hold seats.
+    pub(crate) arrays: BTreeMap<JobId, u32>,
+    pub(crate) dependents: Dependents,
     pub(crate) keys: BTreeMap<String, JobId>,
     pub(crate) next_job: u64,
     /// Jobs with ranks that have ended without that being persisted: it need not be, since their
     /// nodes report it again, until another job takes their slots.
     pub(crate) unsaved: BTreeSet<JobId>,
-    /// Finished jobs, for the limit on how many are kept.
-    pub(crate) finished: BTreeSet<JobId>,
+    /// Finished jobs by the time of their end, for the limit on how many are kept.
+    pub(crate) finished: BTreeSet<(u64, JobId)>,
+    pub(crate) capacity: Capacity,
+    pub(crate) timers: Timers,
+    pub(crate) users: Users,
+    /// What is held against quotas.
+    pub(crate) ledger: Ledger,
+    /// The first blocked job of each group, as of the last pass.
+    pub(crate) heads: BTreeMap<String, JobId>,
+    /// What the blocked job at the head of each group waits for.
+    pub(crate) reservations: BTreeMap<String, Reservation>,
+    /// Classes that did not fit, and when that was tried.
+    pub(crate) tried: BTreeMap<ClassId, Tried>,
+    /// What users' jobs used that are no longer kept.
+    pub(crate) accounts: BTreeMap<String, Usage>,
+    pub(crate) windows: BTreeMap<u32, Maintenance>,
+    /// Nodes that were cordoned without a person, with the time.
+    pub(crate) auto_cordons: VecDeque<(Nanos, NodeId)>,
+    /// Something changed that may let a job start.
+    pub(crate) dirty: bool,
     #[cfg(test)]
     pub(crate) planted: Option<Planted>,
+    /// Rare paths that were taken, for tests to prove that they visited them.
+    #[cfg(test)]
+    pub(crate) reached: BTreeMap<&'static str, u64>,
 }
 
 /// Faults that tests plant, to prove that their checkers would find them.
@@ -40,9 +78,22 @@ pub(crate) enum Planted {
     StaleEpochAccepted,
     FenceIgnored,
     OrderBeforePersist,
-    SlotsOvercommitted,
-    SlotLeaked,
+    RoomOvercommitted,
+    SeatLeaked,
     StopForgottenOnRestart,
+    QuotaOffByOne,
+    ReservationLeftBehind,
+    SeatReturnedTwice,
+    CrossZoneUncounted,
+    GangSharesNodes,
+    PreemptsInVain,
+    SuspendsUnable,
+    HeldJobStarts,
+    DependencyIgnored,
+    AutoCordonUncapped,
+    QuantumIgnored,
+    IndexMissesRelease,
+    HeadOvertaken,
 }
 
 /// Whether a test planted this fault; always false outside tests.
@@ -57,89 +108,85 @@ macro_rules! planted {
 }
 pub(crate) use planted;
 
+/// Counts that a path was taken; nothing outside tests.
+macro_rules! reached {
+    ($core:expr, $what:literal) => {{
+        #[cfg(test)]
+        {
+            *$core.reached.entry($what).or_default() += 1;
+        }
+    }};
+}
+pub(crate) use reached;
+
 /// What one step gathers.
 #[derive(Default)]
 pub(crate) struct Out {
     pub(crate) dirty_jobs: BTreeSet<JobId>,
     pub(crate) dirty_nodes: BTreeSet<NodeId>,
     pub(crate) removed: Vec<JobId>,
+    pub(crate) records: Vec<Record>,
     pub(crate) notes: Vec<(JobId, AttemptEpoch, String)>,
     pub(crate) orders: Vec<(NodeId, Order)>,
     pub(crate) answer: Option<Answer>,
+}
+
+impl Out {
+    pub(crate) fn refuse(&mut self, refusal: Refusal) {
+        self.answer = Some(Answer::Refused(refusal));
+    }
 }
 
 impl Core {
     /// An empty cluster.
     pub fn new(policy: Policy) -> Self {
         Self {
+            users: Users::new(&policy),
             policy,
             jobs: BTreeMap::new(),
             nodes: BTreeMap::new(),
-            pending: BTreeSet::new(),
+            queue: Queue::default(),
+            waiting: BTreeSet::new(),
             active: BTreeSet::new(),
+            opportunistic: BTreeSet::new(),
+            crossing: BTreeSet::new(),
+            arrays: BTreeMap::new(),
+            dependents: Dependents::default(),
             keys: BTreeMap::new(),
             next_job: 1,
             unsaved: BTreeSet::new(),
             finished: BTreeSet::new(),
+            capacity: Capacity::default(),
+            timers: Timers::default(),
+            ledger: Ledger::default(),
+            heads: BTreeMap::new(),
+            reservations: BTreeMap::new(),
+            tried: BTreeMap::new(),
+            accounts: BTreeMap::new(),
+            windows: BTreeMap::new(),
+            auto_cordons: VecDeque::new(),
+            dirty: false,
             #[cfg(test)]
             planted: None,
+            #[cfg(test)]
+            reached: BTreeMap::new(),
         }
-    }
-
-    /// The state after a restart, from everything that was persisted. Nodes count as heard now:
-    /// each gets a full lease to come back with its ranks.
-    pub fn restore(policy: Policy, records: impl IntoIterator<Item = Record>, now: Now) -> Self {
-        let mut core = Self::new(policy);
-        for record in records {
-            match record {
-                Record::Job(job) => {
-                    core.jobs.insert(job.id, *job);
-                }
-                Record::Node(node) => {
-                    core.nodes.insert(node.id, Node::new(node, now.mono));
-                }
-                Record::RemoveJob(id) => {
-                    core.jobs.remove(&id);
-                }
-            }
-        }
-        for job in core.jobs.values_mut() {
-            core.next_job = core.next_job.max(job.id.0 + 1);
-            if !job.key.is_empty() {
-                core.keys.insert(job.key.clone(), job.id);
-            }
-            job.not_before = now.mono.after(Duration::from_millis(job.delay_ms));
-            if let Some(attempt) = job.attempts.last_mut() {
-                attempt.since = now.mono;
-                for slot in attempt.ranks.iter().filter(|r| r.state.occupies()) {
-                    let node =
-                        core.nodes.entry(slot.node).or_insert_with(|| unknown_node(slot.node, now.mono));
-                    node.ranks.insert((job.id, slot.rank));
-                    core.active.insert(job.id);
-                }
-            }
-            match job.state {
-                JobState::Pending => {
-                    core.pending.insert((Reverse(job.spec.priority), job.id));
-                }
-                state if state.is_final() => {
-                    core.finished.insert(job.id);
-                }
-                _ => {
-                    core.active.insert(job.id);
-                }
-            }
-        }
-        core
     }
 
     /// Everything that must be durable for [`Core::restore`].
     pub fn records(&self) -> Vec<Record> {
         let jobs = self.jobs.values().map(|j| Record::Job(Box::new(j.clone())));
-        jobs.chain(self.nodes.values().map(|n| Record::Node(n.record.clone()))).collect()
+        let accounts = self
+            .accounts
+            .iter()
+            .map(|(user, used)| Record::Account(AccountRecord { user: user.clone(), used: *used }));
+        jobs.chain(self.nodes.values().map(|n| Record::Node(n.record.clone())))
+            .chain(accounts)
+            .chain(self.windows.values().map(|w| Record::Maintenance(w.clone())))
+            .collect()
     }
 
-    /// The knobs.
+    /// The site's policy.
     pub fn policy(&self) -> &Policy {
         &self.policy
     }
@@ -169,38 +216,89 @@ impl Core {
         self.nodes.values()
     }
 
+    /// When time alone changes something next: a driver without a steady clock (the simulator)
+    /// sends its next [`Event::Tick`] then.
+    pub fn next_deadline(&self) -> Option<Nanos> {
+        self.timers.next()
+    }
+
+    /// Jobs that could start if there were room.
+    pub fn queued(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// What a user's jobs have held so far, up to the last seat given back.
+    pub fn used(&self, user: &str) -> Usage {
+        let mut used = self.accounts.get(user).copied().unwrap_or_default();
+        for job in self.jobs.values().filter(|j| j.spec.user == user) {
+            used.add(&job.used);
+        }
+        used
+    }
+
+    /// The user's decayed usage in node-hours: what fair share goes by.
+    pub fn recent_node_hours(&self, user: &str, now: Now) -> f64 {
+        self.users.node_hours(user, now.mono)
+    }
+
     /// Takes one event. The decisions come in the order in which they must take effect.
     pub fn step(&mut self, event: Event, now: Now) -> Vec<Decision> {
         let mut out = Out::default();
         match event {
             Event::Submit { spec, key } => self.submit(spec, key, now, &mut out),
             Event::Stop { job, reason } => self.stop(job, reason, now, &mut out),
+            Event::Suspend { job, reason } => self.suspend_for_person(job, reason, now, &mut out),
+            Event::Hold { job, reason } => self.hold(job, reason, now, &mut out),
+            Event::Resume { job } => self.resume(job, now, &mut out),
+            Event::SetPriority { job, priority } => {
+                self.reorder(job, now, &mut out, |j| j.priority = priority);
+            }
+            Event::SetUserRank { job, rank } => {
+                self.reorder(job, now, &mut out, |j| j.spec.user_rank = rank);
+            }
             Event::Cordon { node, cordon, reason } => self.cordon(node, cordon, reason, &mut out),
             Event::Hello { node, info, inventory } => self.hello(node, info, &inventory, now, &mut out),
-            Event::Beat { node } => self.heard(node, now),
+            Event::Beat { node } => self.sign_of_life(node, now, &mut out),
             Event::Gone { node } => {
-                if let Some(node) = self.nodes.get_mut(&node) {
-                    node.connected = false;
+                if let Some(n) = self.nodes.get_mut(&node) {
+                    n.connected = false;
+                    self.reindex(node);
                 }
             }
             Event::Rank { node, report } => {
-                self.heard(node, now);
+                self.sign_of_life(node, now, &mut out);
                 self.report(node, &report, false, now, &mut out);
             }
+            Event::Progress { job, epoch, step, saved } => {
+                self.progress(job, epoch, step, saved, now, &mut out);
+            }
+            Event::Health { node, fault, critical, evidence } => {
+                self.health(node, fault, critical, &evidence, now, &mut out);
+            }
+            Event::Fenced { node, by } => self.fenced(node, &by, now, &mut out),
+            Event::Maintain(window) => self.maintain(window, now, &mut out),
+            Event::CancelMaintenance { id } => self.cancel_maintenance(id, &mut out),
+            Event::Configure(policy) => self.configure(*policy, now, &mut out),
             Event::Tick => {}
         }
         self.expire(now, &mut out);
-        self.place(now, &mut out);
+        self.pass(now, &mut out);
         self.collect(out)
     }
 
     fn collect(&mut self, mut out: Out) -> Vec<Decision> {
         while self.finished.len() > self.policy.finished_jobs_kept.max(1) {
             // A finished job with ranks whose end is unproven still accounts for their slots.
-            let Some(&oldest) = self.finished.iter().find(|id| !self.active.contains(id)) else { break };
-            self.finished.remove(&oldest);
+            let Some(&entry) = self.finished.iter().find(|(_, id)| !self.active.contains(id)) else { break };
+            self.finished.remove(&entry);
+            let oldest = entry.1;
             if let Some(job) = self.jobs.remove(&oldest) {
                 self.keys.remove(&job.key);
+                // In the same transaction: what it used moves to its user's account.
+                let used = self.accounts.entry(job.spec.user.clone()).or_default();
+                used.add(&job.used);
+                let record = AccountRecord { user: job.spec.user, used: *used };
+                out.records.push(Record::Account(record));
             }
             out.dirty_jobs.remove(&oldest);
             out.removed.push(oldest);
@@ -213,6 +311,7 @@ impl Core {
             self.unsaved.remove(id);
             decisions.extend(self.jobs.get(id).map(|j| Decision::Persist(Record::Job(Box::new(j.clone())))));
         }
+        decisions.extend(out.records.into_iter().map(Decision::Persist));
         decisions.extend(out.removed.into_iter().map(|id| Decision::Persist(Record::RemoveJob(id))));
         decisions.extend(out.notes.into_iter().map(|(job, epoch, text)| Decision::Note { job, epoch, text }));
         let orders = out.orders.into_iter().map(|(node, order)| Decision::Order { node, order });
@@ -226,83 +325,56 @@ impl Core {
         decisions
     }
 
-    fn submit(&mut self, spec: JobSpec, key: String, now: Now, out: &mut Out) {
-        if let Some(&id) = self.keys.get(&key).filter(|_| !key.is_empty()) {
-            out.answer = Some(Answer::Job(id));
-            return;
+    /// Brings the index of free capacity up to date with one node. Whoever changes a node calls it.
+    pub(crate) fn reindex(&mut self, id: NodeId) {
+        let standing = self.nodes.get(&id).and_then(Standing::of);
+        if standing.is_none()
+            && let Some(owner) = self.nodes.get(&id).and_then(|n| n.held_for)
+        {
+            // What the blocked job waits for is gone: it looks for something else.
+            for reservation in self.reservations.values_mut().filter(|r| r.job == owner) {
+                reservation.stale = true;
+            }
         }
-        let refusal = if key.len() > 256 {
-            Some(Refusal::Invalid("an idempotency key has at most 256 bytes".into()))
-        } else {
-            spec.validate().err()
-        };
-        if let Some(refusal) = refusal {
-            out.answer = Some(Answer::Refused(refusal));
-            return;
-        }
-        let id = JobId(self.next_job);
-        self.next_job += 1;
-        if !key.is_empty() {
-            self.keys.insert(key.clone(), id);
-        }
-        self.pending.insert((Reverse(spec.priority), id));
-        let job = Job {
-            id,
-            spec,
-            key,
-            state: JobState::Pending,
-            attempts: Vec::new(),
-            failures: 0,
-            unstable: 0,
-            submitted_unix_ms: now.unix_ms,
-            ended_unix_ms: 0,
-            reason: String::new(),
-            stop: None,
-            version: 1,
-            delay_ms: 0,
-            not_before: now.mono,
-        };
-        self.jobs.insert(id, job);
-        out.dirty_jobs.insert(id);
-        out.answer = Some(Answer::Job(id));
+        let before = self.capacity.generation;
+        self.capacity.set(id, standing);
+        self.dirty |= self.capacity.generation != before;
     }
 
-    fn stop(&mut self, id: JobId, reason: String, now: Now, out: &mut Out) {
-        let Some(job) = self.jobs.get_mut(&id) else {
-            out.answer = Some(Answer::Refused(Refusal::NoJob(id)));
-            return;
-        };
-        out.answer = Some(Answer::Job(id));
-        if job.state.is_final() || job.stop.is_some() {
-            return;
-        }
-        let reason = if reason.is_empty() { "stopped by a person".to_owned() } else { reason };
-        job.stop = Some(reason.clone());
-        out.dirty_jobs.insert(id);
-        if job.state == JobState::Pending {
-            self.finish(id, JobState::Stopped, reason, now, out);
+    /// A node is heard on a stream that never broke. If it had been silent for so long that its
+    /// ranks were given up, it has not been told: without a hello nothing else would bring it up.
+    fn sign_of_life(&mut self, id: NodeId, now: Now, out: &mut Out) {
+        let was_silent = self.nodes.get(&id).is_some_and(|n| !n.heard);
+        self.heard(id, now);
+        if !was_silent {
             return;
         }
-        job.state = JobState::Stopping;
-        job.reason.clone_from(&reason);
-        job.version += 1;
-        self.begin_end(id, EndCause::Stopped, reason, now, out);
+        for (job, rank) in self.ranks_on(id) {
+            let Some(owner) = self.jobs.get(&job) else { continue };
+            if owner.unproven().any(|s| s.rank == rank) {
+                reached!(self, "lost ranks stopped later");
+                let order = Order::Stop { key: owner.key_of(rank), grace: Duration::ZERO };
+                out.orders.push((id, order));
+            }
+        }
     }
 
-    fn cordon(&mut self, id: NodeId, cordon: bool, reason: String, out: &mut Out) {
-        let Some(node) = self.nodes.get_mut(&id) else {
-            out.answer = Some(Answer::Refused(Refusal::NoNode(id)));
-            return;
-        };
-        node.record.cordon = cordon.then_some(reason);
-        out.dirty_nodes.insert(id);
-        out.answer = Some(Answer::Node(id));
+    pub(crate) fn heard(&mut self, id: NodeId, now: Now) {
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        node.last_heard = node.last_heard.max(now.mono);
+        if !node.connected || !node.heard {
+            (node.connected, node.heard) = (true, true);
+            let at = node.last_heard.after(Duration::from_millis(self.policy.silent_after_ms));
+            self.look_at(id, at);
+            self.reindex(id);
+        }
     }
 
-    fn heard(&mut self, id: NodeId, now: Now) {
+    /// Sets a node's timer.
+    pub(crate) fn look_at(&mut self, id: NodeId, at: Nanos) {
         if let Some(node) = self.nodes.get_mut(&id) {
-            node.last_heard = node.last_heard.max(now.mono);
-            node.connected = true;
+            node.look_at = at;
+            self.timers.set(at, Timer::Silence(id));
         }
     }
 
@@ -315,7 +387,7 @@ impl Core {
         now: Now,
         out: &mut Out,
     ) {
-        let fresh = NodeRecord { id, info: NodeInfo::default(), cordon: None };
+        let fresh = fresh_record(id);
         let node = self.nodes.entry(id).or_insert_with(|| Node::new(fresh, now.mono));
         if node.record.info != info {
             node.record.info = info;
@@ -327,9 +399,7 @@ impl Core {
             // Strays that the node no longer knows are over.
             node.strays.retain(|key| reported.contains(key));
         }
-        let ours: Vec<(JobId, Rank)> =
-            self.nodes.get(&id).map(|n| n.ranks.iter().copied().collect()).unwrap_or_default();
-        for (job, rank) in ours {
+        for (job, rank) in self.ranks_on(id) {
             let Some(key) = self.jobs.get(&job).map(|j| j.key_of(rank)) else { continue };
             if !reported.contains(&key) {
                 self.absent(id, key, now, out);
@@ -338,47 +408,169 @@ impl Core {
         for report in inventory {
             self.report(id, report, true, now, out);
         }
+        self.reindex(id);
+    }
+
+    /// Ranks of ours that occupy a node.
+    pub(crate) fn ranks_on(&self, id: NodeId) -> Vec<(JobId, Rank)> {
+        let Some(node) = self.nodes.get(&id) else { return Vec::new() };
+        let mut ranks = Vec::new();
+        for (job, (seat, _)) in &node.seats {
+            let Some(attempt) = self.jobs.get(job).and_then(Job::attempt) else { continue };
+            let slots = attempt.ranks.get(attempt.ranks_of_seat(*seat as usize)).unwrap_or_default();
+            ranks.extend(slots.iter().filter(|r| r.state.occupies()).map(|r| (*job, r.rank)));
+        }
+        ranks
     }
 
     /// What happens by time alone.
     fn expire(&mut self, now: Now, out: &mut Out) {
-        let lease = Duration::from_millis(self.policy.agent_lease_ms);
-        let start_timeout = Duration::from_millis(self.policy.start_timeout_ms);
-        let fence = self.policy.fence();
-        let silent: Vec<(NodeId, Duration)> = self
-            .nodes
-            .iter()
-            .filter(|(_, n)| !n.ranks.is_empty() && n.silent(now.mono) >= lease)
-            .map(|(id, n)| (*id, n.silent(now.mono)))
-            .collect();
-        for (id, silence) in silent {
-            self.lose_node(id, silence, now, out);
-            if silence >= fence {
-                self.fence_node(id, now, out);
+        while let Some((at, timer)) = self.timers.pop(now.mono) {
+            match timer {
+                Timer::Silence(node) => {
+                    if self.nodes.get(&node).is_some_and(|n| n.look_at == at) {
+                        self.silence(node, now, out);
+                    }
+                }
+                Timer::Start(job, epoch) => self.start_timeout(job, epoch, now, out),
+                Timer::Delay(job) | Timer::Memory(job) => {
+                    self.enqueue(job, now, out);
+                    self.dirty = true;
+                }
+                Timer::Overdue(job) => self.overdue(job, now),
+                Timer::Limit(job, epoch) => self.time_limit(job, epoch, now, out),
+                Timer::Progress(job, epoch) => self.progress_timeout(job, epoch, now, out),
+                Timer::Demotion(job, epoch) => self.demote(job, epoch, now, out),
+                Timer::Suspend(job, epoch) => self.suspend_timeout(job, epoch, now, out),
+                Timer::Quantum(job, epoch) => self.quantum_over(job, epoch),
+                Timer::Maintenance(id) => self.window_timer(id, now, out),
             }
         }
-        let late: Vec<(JobId, String)> =
-            self.active
-                .iter()
-                .filter_map(|id| {
-                    let attempt = self.jobs.get(id)?.attempt()?;
-                    let slot = attempt.ranks.iter().find(|r| r.state == RankState::Assigned);
-                    (attempt.stage == Stage::Preparing && now.mono.since(attempt.since) >= start_timeout)
-                        .then(|| {
-                            let who = slot.map_or("the port of rank 0".to_owned(), |s| {
-                                format!("rank {} on {}", s.rank.0, s.node)
-                            });
-                            (*id, format!("{who} was not ready within {} s", start_timeout.as_secs()))
-                        })
-                })
-                .collect();
-        for (id, reason) in late {
-            self.begin_end(id, EndCause::StartTimeout, reason, now, out);
+    }
+
+    /// A node may have been silent for too long. One timer follows each node; signs of life in
+    /// between only move the time at which it looks again.
+    fn silence(&mut self, id: NodeId, now: Now, out: &mut Out) {
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        let silence = node.silent(now.mono);
+        let shown = Duration::from_millis(self.policy.silent_after_ms);
+        let lease = Duration::from_millis(self.policy.agent_lease_ms);
+        let fence = self.policy.fence();
+        if silence >= shown && node.heard {
+            node.heard = false;
+            self.reindex(id);
         }
+        if silence >= lease {
+            self.lose_node(id, silence, now, out);
+        }
+        if silence >= fence {
+            self.fence_node(id, now, out);
+        }
+        let next = [shown, lease, fence].into_iter().filter(|d| *d > silence).min();
+        if let (Some(next), Some(node)) = (next, self.nodes.get(&id)) {
+            self.look_at(id, node.last_heard.after(next));
+        }
+    }
+
+    fn start_timeout(&mut self, id: JobId, epoch: AttemptEpoch, now: Now, out: &mut Out) {
+        let Some(attempt) = self.jobs.get(&id).and_then(Job::attempt) else { return };
+        if attempt.epoch != epoch || attempt.stage != Stage::Preparing {
+            return;
+        }
+        let timeout = Duration::from_millis(self.policy.start_timeout_ms);
+        let late = attempt.ranks.iter().find(|r| r.state == RankState::Assigned);
+        let (who, node) = match late {
+            Some(slot) => (format!("rank {} on {}", slot.rank.0, slot.node), slot.node),
+            None => ("the port of rank 0".to_owned(), attempt.master()),
+        };
+        let reason = format!("{who} was not ready within {} s", timeout.as_secs());
+        self.blame(node, id, &reason, now, out);
+        self.begin_end(id, EndCause::StartTimeout, reason, now, out);
+    }
+
+    /// Changes a rank's state, and gives its node's seat back when the last rank on it is over.
+    pub(crate) fn set_state(&mut self, key: RankKey, state: RankState, now: Now, out: &mut Out) {
+        let Some(job) = self.jobs.get_mut(&key.job) else { return };
+        job.version += 1;
+        let Some(attempt) = job.attempts.last_mut() else { return };
+        let Some(slot) = attempt.ranks.get(key.rank.0 as usize) else { return };
+        let proven = slot.state == RankState::Lost && state == RankState::Fenced;
+        let over = !state.occupies();
+        attempt.set(key.rank, state);
+        if over {
+            let each = (attempt.ranks.len() / attempt.seats.len().max(1)).max(1);
+            let seat = key.rank.0 as usize / each;
+            let slots = attempt.ranks.get(attempt.ranks_of_seat(seat)).unwrap_or_default();
+            if slots.iter().all(|r| !r.state.occupies()) {
+                self.return_seat(key.job, seat, now);
+            }
+            self.unsaved.insert(key.job);
+        }
+        if proven {
+            // Otherwise a restart of the scheduler would wait for the proof again.
+            out.dirty_jobs.insert(key.job);
+            self.settle(key.job);
+            self.enqueue(key.job, now, out);
+        }
+    }
+
+    /// A node of a gang is free again: the books of node, user and quota say so at once.
+    fn return_seat(&mut self, id: JobId, index: usize, now: Now) {
+        let (leak, miss) = (planted!(self, SeatLeaked), planted!(self, IndexMissesRelease));
+        let twice = planted!(self, SeatReturnedTwice);
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let whole = job.spec.whole();
+        let owner = crate::quota::Owner::of(job);
+        let Some(attempt) = job.attempts.last_mut() else { return };
+        let started = attempt.started_unix_ms;
+        let entitled = attempt.opportunistic.is_none();
+        let Some(seat) = attempt.seats.get_mut(index).filter(|s| s.returned_unix_ms == 0) else { return };
+        // A clock that was set back charges nothing.
+        seat.returned_unix_ms = now.unix_ms.max(started).max(1);
+        let held_ms = seat.returned_unix_ms.saturating_sub(started);
+        let Seat { node, amount, milli, gpus, .. } = seat.clone();
+        let last = attempt.seats_held().next().is_none();
+        job.used.add(&Usage::of(&amount, whole, held_ms));
+        if twice {
+            job.used.add(&Usage::of(&amount, whole, held_ms));
+        }
+        if let Some(user) = self.users.known(&owner.user) {
+            self.users.give_back(user, milli, now.mono);
+        }
+        if entitled {
+            self.ledger.release(&owner, crate::pass::held_by_seat(&amount, whole));
+        }
+        if !leak && let Some(node) = self.nodes.get_mut(&node) {
+            node.give_back(id, gpus);
+        }
+        if !miss {
+            self.reindex(node);
+        }
+        if last {
+            self.opportunistic.remove(&id);
+            self.crossing.remove(&id);
+            if let Some((first, _)) = self.jobs.get(&id).and_then(|j| j.array)
+                && let Some(n) = self.arrays.get_mut(&first)
+            {
+                *n = n.saturating_sub(1);
+                if *n == 0 {
+                    self.arrays.remove(&first);
+                }
+            }
+            // A limit of the array, or on jobs across zones, may have held others back.
+            self.capacity.generation += 1;
+        }
+        self.dirty = true;
     }
 }
 
-/// Stands in for a node that a job's record names but that has no record itself.
-fn unknown_node(id: NodeId, now: Nanos) -> Node {
-    Node::new(NodeRecord { id, info: NodeInfo::default(), cordon: None }, now)
+/// The record of a node that nothing is known of.
+pub(crate) fn fresh_record(id: NodeId) -> NodeRecord {
+    NodeRecord { id, info: NodeInfo::default(), cordon: None, auto_cordon_unix_ms: 0 }
+}
+
+/// Whether a job has anything left on any node.
+pub(crate) fn is_busy(job: &Job) -> bool {
+    matches!(job.state, JobState::Starting | JobState::Running | JobState::Suspending | JobState::Stopping)
+        || job.attempt().is_some_and(|a| a.tally.lost > 0)
 }

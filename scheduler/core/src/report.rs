@@ -32,11 +32,10 @@ impl Core {
         if report.pid != 0 {
             slot.pid = report.pid;
         }
-        match (&slot.state, &report.state) {
+        let was = slot.state.clone();
+        match (&was, &report.state) {
             (RankState::Exited(_) | RankState::Fenced, Reported::Exited(_)) => {
-                if let Some(node) = self.nodes.get_mut(&from) {
-                    node.strays.remove(&key);
-                }
+                self.stray_gone(from, key);
                 if stage == Stage::Ended {
                     out.orders.push((from, Order::Forget { key }));
                 }
@@ -45,7 +44,7 @@ impl Core {
             // again until it is gone.
             (RankState::Exited(_) | RankState::Fenced, _) => self.stray(from, report, out),
             (RankState::Lost, Reported::Exited(_)) => {
-                self.set_state(key, RankState::Fenced, out);
+                self.set_state(key, RankState::Fenced, now, out);
                 out.orders.push((from, Order::Forget { key }));
             }
             (RankState::Lost, _) => {
@@ -57,33 +56,62 @@ impl Core {
                     if key.rank.0 == 0 && report.master_port != 0 {
                         attempt.master_port = report.master_port;
                     }
-                    attempt.ranks[key.rank.0 as usize].state = RankState::Held;
+                    attempt.set(key.rank, RankState::Held);
                     job.version += 1;
                     self.open_barrier(key, now, out);
-                } else if stage == Stage::Running && resync {
+                } else if matches!(stage, Stage::Running | Stage::Suspending) && resync {
                     out.orders.push((from, Order::Start { key, master, master_port }));
+                    if stage == Stage::Suspending {
+                        out.orders.extend(self.suspend_order(key).map(|o| (from, o)));
+                    }
                 } else if stage == Stage::Ending {
                     out.orders.push((from, Order::Stop { key, grace }));
                 }
             }
+            (_, Reported::SuspendReceived | Reported::Saved(_)) => {
+                self.acknowledged(key, &report.state, now, out);
+            }
             (RankState::Assigned | RankState::Held, Reported::Running) => {
                 if stage == Stage::Preparing {
                     let reason = format!("rank {} on {from} runs although it was not started", key.rank.0);
-                    slot.state = RankState::Running;
+                    attempt.set(key.rank, RankState::Running);
                     self.begin_end(key.job, EndCause::RankFailed, reason, now, out);
                 } else {
-                    slot.state = RankState::Running;
+                    attempt.set(key.rank, RankState::Running);
                     job.version += 1;
-                    if stage == Stage::Ending && resync {
-                        out.orders.push((from, Order::Stop { key, grace }));
-                    }
+                    self.ask_again(key, from, stage, grace, resync, out);
                 }
             }
-            (RankState::Running, _) => {
-                if stage == Stage::Ending && resync {
-                    out.orders.push((from, Order::Stop { key, grace }));
-                }
-            }
+            (RankState::Running, _) => self.ask_again(key, from, stage, grace, resync, out),
+        }
+    }
+
+    /// Orders to a running rank may have been lost with the connection.
+    fn ask_again(
+        &self,
+        key: RankKey,
+        from: NodeId,
+        stage: Stage,
+        grace: Duration,
+        resync: bool,
+        out: &mut Out,
+    ) {
+        match stage {
+            Stage::Ending if resync => out.orders.push((from, Order::Stop { key, grace })),
+            Stage::Suspending if resync => out.orders.extend(self.suspend_order(key).map(|o| (from, o))),
+            _ => {}
+        }
+    }
+
+    /// User code has seen the request to give way, or has saved.
+    fn acknowledged(&mut self, key: RankKey, what: &Reported, now: Now, out: &mut Out) {
+        let Some(attempt) = self.jobs.get_mut(&key.job).and_then(|j| j.attempts.last_mut()) else { return };
+        if let Some(suspend) = attempt.suspend.as_mut().filter(|s| !s.received) {
+            suspend.received = true;
+            out.dirty_jobs.insert(key.job);
+        }
+        if let Reported::Saved(step) = what {
+            self.progress(key.job, key.epoch, *step, true, now, out);
         }
     }
 
@@ -92,11 +120,18 @@ impl Core {
         let key = report.key;
         let Some(node) = self.nodes.get_mut(&from) else { return };
         if matches!(report.state, Reported::Exited(_)) {
-            node.strays.remove(&key);
+            self.stray_gone(from, key);
             out.orders.push((from, Order::Forget { key }));
         } else {
             node.strays.insert(key);
+            self.reindex(from);
             out.orders.push((from, Order::Stop { key, grace: Duration::ZERO }));
+        }
+    }
+
+    fn stray_gone(&mut self, from: NodeId, key: RankKey) {
+        if self.nodes.get_mut(&from).is_some_and(|n| n.strays.remove(&key)) {
+            self.reindex(from);
         }
     }
 
@@ -110,12 +145,13 @@ impl Core {
                 let order = self.prepare_order(key);
                 out.orders.extend(order.map(|o| (from, o)));
             }
-            RankState::Lost => self.set_state(key, RankState::Fenced, out),
+            RankState::Lost => self.set_state(key, RankState::Fenced, now, out),
             RankState::Assigned | RankState::Held | RankState::Running => {
                 let detail = format!("{from} came back without it (the node was restarted?)");
                 let exit = Exit { detail, ..Exit::default() };
                 let reason = format!("rank {} on {from} {exit}", key.rank.0);
-                self.set_state(key, RankState::Exited(exit), out);
+                self.set_state(key, RankState::Exited(exit), now, out);
+                self.blame(from, key.job, &reason, now, out);
                 self.begin_end(key.job, EndCause::NodeLost, reason, now, out);
             }
             RankState::Exited(_) | RankState::Fenced => {}
@@ -139,8 +175,9 @@ impl Core {
             Stage::Preparing => format!("rank {} on {from} could not be prepared: {exit}", key.rank.0),
             _ => format!("rank {} on {from} {exit}", key.rank.0),
         };
-        self.set_state(key, RankState::Exited(exit), out);
+        self.set_state(key, RankState::Exited(exit.clone()), now, out);
         match stage {
+            Stage::Suspending => self.exited_suspending(key.job, &exit, reason, now, out),
             Stage::Preparing => self.begin_end(key.job, EndCause::RankFailed, reason, now, out),
             Stage::Running if !success => self.begin_end(key.job, EndCause::RankFailed, reason, now, out),
             Stage::Running => {
@@ -164,13 +201,17 @@ impl Core {
         let early = planted!(self, BarrierOpensEarly);
         let Some(job) = self.jobs.get_mut(&key.job) else { return };
         let Some(attempt) = job.attempts.last_mut() else { return };
-        let all_held = attempt.ranks.iter().all(|r| r.state == RankState::Held);
+        let all_held = attempt.tally.assigned == 0;
         if attempt.stage != Stage::Preparing || attempt.master_port == 0 || !(all_held || early) {
             return;
         }
         attempt.stage = Stage::Running;
         attempt.since = now.mono;
+        attempt.running_since = now.mono;
+        attempt.saved_at = now.mono;
+        attempt.progress_at = now.mono;
         attempt.running_unix_ms = now.unix_ms;
+        let startup = now.unix_ms.saturating_sub(attempt.started_unix_ms);
         job.state = crate::job::JobState::Running;
         job.reason.clear();
         job.version += 1;
@@ -185,31 +226,13 @@ impl Core {
             epoch.0,
             attempt.ranks.len()
         );
-        out.notes.push((job.id, epoch, text));
-        out.dirty_jobs.insert(job.id);
-    }
-
-    /// Changes a rank's state and gives its slot back when it is over.
-    pub(crate) fn set_state(&mut self, key: RankKey, state: RankState, out: &mut Out) {
-        let leak = planted!(self, SlotLeaked);
-        let Some(job) = self.jobs.get_mut(&key.job) else { return };
-        job.version += 1;
-        let Some(slot) = job.attempts.last_mut().and_then(|a| a.ranks.get_mut(key.rank.0 as usize)) else {
-            return;
-        };
-        let proven = slot.state == RankState::Lost && state == RankState::Fenced;
-        slot.state = state;
-        if !slot.state.occupies()
-            && !leak
-            && let Some(node) = self.nodes.get_mut(&slot.node)
-        {
-            node.ranks.remove(&(key.job, key.rank));
-            self.unsaved.insert(key.job);
+        if let Some(half) = job.half_cost_ms.take() {
+            // A suspension costs the way out and the way back.
+            job.measure_suspend_cost(half.saturating_add(startup));
         }
-        if proven {
-            // Otherwise a restart of the scheduler would wait for the proof again.
-            out.dirty_jobs.insert(key.job);
-            self.settle(key.job);
-        }
+        let id = job.id;
+        out.notes.push((id, epoch, text));
+        out.dirty_jobs.insert(id);
+        self.watch_attempt(id, now);
     }
 }

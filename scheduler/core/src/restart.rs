@@ -1,27 +1,39 @@
 //! How attempts end and what follows.
 
 use crate::event::{Now, Order, RankKey};
-use crate::job::{EndCause, Job, JobState, RankState, Stage};
-use crate::machine::{Core, Out, planted};
+use crate::job::{EndCause, JobState, RankState, Stage, millis};
+use crate::machine::{Core, Out, is_busy, planted, reached};
+use crate::spec::After;
 use firefly_types::{JobId, NodeId};
-use std::cmp::Reverse;
 use std::time::Duration;
 
 /// What follows from a cause.
-enum Verdict {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// The job is over.
     Final(JobState),
-    /// Try again if the limits allow; `counts`: against `max_restarts`.
-    Again {
-        counts: bool,
-    },
+    /// It failed by itself: try again if `max_restarts` allows.
+    Own,
+    /// Something else failed: try again, before its equals.
+    Foreign,
+    /// Nothing failed: it goes on when its turn comes.
+    Later,
 }
 
-fn verdict(cause: EndCause) -> Verdict {
+/// The table: cause to consequence.
+pub(crate) fn verdict(cause: EndCause) -> Verdict {
     match cause {
         EndCause::Completed => Verdict::Final(JobState::Succeeded),
         EndCause::Stopped => Verdict::Final(JobState::Stopped),
-        EndCause::RankFailed => Verdict::Again { counts: true },
-        EndCause::NodeLost | EndCause::StartTimeout => Verdict::Again { counts: false },
+        EndCause::TimeLimit => Verdict::Final(JobState::Failed),
+        EndCause::RankFailed | EndCause::Hang => Verdict::Own,
+        EndCause::NodeLost
+        | EndCause::StartTimeout
+        | EndCause::GpuFault
+        | EndCause::NetworkFault
+        | EndCause::StorageFault
+        | EndCause::HostFault => Verdict::Foreign,
+        EndCause::Suspended | EndCause::SuspendForced => Verdict::Later,
     }
 }
 
@@ -31,14 +43,22 @@ impl Core {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let grace = Duration::from_millis(job.spec.grace_ms.into());
         let Some(attempt) = job.attempts.last_mut() else { return };
-        if matches!(attempt.stage, Stage::Preparing | Stage::Running) {
-            let ran =
-                if attempt.stage == Stage::Running { now.mono.since(attempt.since) } else { Duration::ZERO };
-            job.unstable = if ran >= Duration::from_millis(self.policy.stable_after_ms) {
-                1
-            } else {
-                job.unstable.saturating_add(1)
+        if matches!(attempt.stage, Stage::Preparing | Stage::Running | Stage::Suspending) {
+            let ran = match attempt.stage {
+                Stage::Preparing => Duration::ZERO,
+                _ => now.mono.since(attempt.running_since),
             };
+            job.ran_ms += millis(ran);
+            if matches!(verdict(cause), Verdict::Own | Verdict::Foreign) {
+                let stable = ran >= Duration::from_millis(self.policy.stable_after_ms);
+                job.unstable = if stable { 1 } else { job.unstable.saturating_add(1) };
+                // Only a job that tells of its steps can be seen not to come forward.
+                if attempt.step > 0 {
+                    job.no_progress = job.no_progress.saturating_add(1);
+                }
+            }
+            // What did not give way in time gets no second grace.
+            let grace = if cause == EndCause::SuspendForced { Duration::ZERO } else { grace };
             attempt.stage = Stage::Ending;
             attempt.since = now.mono;
             attempt.cause = Some(cause);
@@ -74,39 +94,85 @@ impl Core {
         out.dirty_jobs.insert(id);
         let cause = attempt.cause.unwrap_or(EndCause::RankFailed);
         let evidence = attempt.end_reason.clone();
+        let was_asked = attempt.suspend.is_some();
         // A person's wish wins over every restart.
         if let Some(reason) = job.stop.clone().filter(|_| cause != EndCause::Completed && !forget_stop) {
             return self.finish(id, JobState::Stopped, reason, now, out);
         }
-        let counts = match verdict(cause) {
+        job.recovering = false;
+        let (mut delay, reason) = (Duration::ZERO, format!("attempt {} ended: {evidence}", epoch.0));
+        match verdict(cause) {
             Verdict::Final(state) => return self.finish(id, state, evidence, now, out),
-            Verdict::Again { counts } => counts,
-        };
-        if counts && job.failures >= job.spec.max_restarts {
-            let reason = match job.spec.max_restarts {
-                0 => evidence,
-                n => format!("{evidence} (all {n} restarts are used up)"),
-            };
-            return self.finish(id, JobState::Failed, reason, now, out);
+            Verdict::Own if job.failures >= job.spec.max_restarts => {
+                let reason = match job.spec.max_restarts {
+                    0 => evidence,
+                    n => format!("{evidence} (all {n} restarts are used up)"),
+                };
+                return self.finish(id, JobState::Failed, reason, now, out);
+            }
+            Verdict::Own => {
+                job.failures += 1;
+                delay = self.policy.restart_delay(job.unstable);
+            }
+            Verdict::Foreign if job.unstable >= self.policy.most_unstable => {
+                let reason = format!("{evidence} ({} attempts in a row came to nothing)", job.unstable);
+                return self.finish(id, JobState::Failed, reason, now, out);
+            }
+            Verdict::Foreign => {
+                job.recovering = true;
+                delay = self.policy.restart_delay(job.unstable);
+            }
+            Verdict::Later => {}
         }
-        if !counts && job.unstable >= self.policy.most_unstable {
-            let reason = format!("{evidence} ({} attempts in a row came to nothing)", job.unstable);
-            return self.finish(id, JobState::Failed, reason, now, out);
+        if verdict(cause) != Verdict::Later
+            && self.policy.no_progress > 0
+            && job.no_progress >= self.policy.no_progress
+        {
+            reached!(self, "no-progress breakers");
+            job.hold = Some(format!(
+                "{} attempts in a row ended without a new saved step; the last: {evidence}. Mend it, then `ff job resume {id}`",
+                job.no_progress
+            ));
         }
-        let delay = self.policy.restart_delay(job.unstable);
-        job.failures += u32::from(counts);
         job.state = JobState::Pending;
-        job.delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+        job.delay_ms = millis(delay);
         job.not_before = now.mono.after(delay);
-        job.reason = format!("attempt {} ended: {evidence}", epoch.0);
-        self.pending.insert((Reverse(job.spec.priority), id));
+        job.reason = reason;
+        if verdict(cause) == Verdict::Later && was_asked {
+            self.suspended(id, now);
+        }
         self.settle(id);
+        self.enqueue(id, now, out);
     }
 
-    /// Ends a job for good.
+    /// Ends a job for good, and with it those that needed its success.
     pub(crate) fn finish(&mut self, id: JobId, state: JobState, reason: String, now: Now, out: &mut Out) {
+        self.finish_one(id, state, reason, now, out);
+        // Chains can be long: no recursion.
+        let mut ended = vec![(id, state)];
+        while let Some((other, state)) = ended.pop() {
+            for id in self.dependents.take(other) {
+                let Some(job) = self.jobs.get_mut(&id).filter(|j| !j.state.is_final()) else { continue };
+                let needed = job.waits_for.iter().any(|d| d.job == other && d.after == After::Success);
+                if needed && state != JobState::Succeeded {
+                    reached!(self, "failed dependencies");
+                    let reason = format!("it needed {other} to succeed, and that did not happen");
+                    self.finish_one(id, JobState::Failed, reason, now, out);
+                    ended.push((id, JobState::Failed));
+                } else {
+                    job.waits_for.retain(|d| d.job != other);
+                    job.version += 1;
+                    out.dirty_jobs.insert(id);
+                    self.enqueue(id, now, out);
+                }
+            }
+        }
+    }
+
+    fn finish_one(&mut self, id: JobId, state: JobState, reason: String, now: Now, out: &mut Out) {
+        self.queue.remove(id);
+        self.waiting.remove(&id);
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        self.pending.remove(&(Reverse(job.spec.priority), id));
         let verb = match state {
             JobState::Succeeded => "succeeded",
             JobState::Stopped => "was stopped",
@@ -116,51 +182,48 @@ impl Core {
         job.state = state;
         job.reason = reason;
         job.ended_unix_ms = now.unix_ms;
+        job.waits_for.clear();
+        job.hold = None;
         job.version += 1;
-        self.finished.insert(id);
+        self.finished.insert((now.unix_ms, id));
         out.dirty_jobs.insert(id);
         self.settle(id);
+        self.dirty = true;
     }
 
     /// Drops the job from the active ones when nothing of it is left on any node.
     pub(crate) fn settle(&mut self, id: JobId) {
-        let busy = |job: &Job| {
-            matches!(job.state, JobState::Starting | JobState::Running | JobState::Stopping)
-                || job.unproven().next().is_some()
-        };
-        if !self.jobs.get(&id).is_some_and(busy) {
+        if !self.jobs.get(&id).is_some_and(is_busy) {
             self.active.remove(&id);
         }
     }
 
     /// A node has been silent for its whole lease: its ranks are lost.
     pub(crate) fn lose_node(&mut self, node: NodeId, silence: Duration, now: Now, out: &mut Out) {
-        let ranks: Vec<_> =
-            self.nodes.get(&node).map(|n| n.ranks.iter().copied().collect()).unwrap_or_default();
-        for (id, rank) in ranks {
+        for (id, rank) in self.ranks_on(node) {
             let Some(job) = self.jobs.get_mut(&id) else { continue };
             let Some(attempt) = job.attempts.last_mut() else { continue };
-            let Some(slot) = attempt.ranks.get_mut(rank.0 as usize).filter(|s| s.state.is_live()) else {
+            let Some(slot) = attempt.ranks.get(rank.0 as usize).filter(|s| s.state.is_live()) else {
                 continue;
             };
-            slot.state = RankState::Lost;
+            let rank = slot.rank;
+            attempt.set(rank, RankState::Lost);
             job.version += 1;
             out.dirty_jobs.insert(id);
             let reason =
                 format!("{node} has been silent for {} s; rank {} ran there", silence.as_secs(), rank.0);
+            self.blame(node, id, &reason, now, out);
             self.begin_end(id, EndCause::NodeLost, reason, now, out);
         }
     }
 
     /// A node has been silent for so long that its shims have ended what they held.
-    pub(crate) fn fence_node(&mut self, node: NodeId, _now: Now, out: &mut Out) {
-        let ranks: Vec<_> =
-            self.nodes.get(&node).map(|n| n.ranks.iter().copied().collect()).unwrap_or_default();
-        for (id, rank) in ranks {
+    pub(crate) fn fence_node(&mut self, node: NodeId, now: Now, out: &mut Out) {
+        for (id, rank) in self.ranks_on(node) {
             let Some(job) = self.jobs.get(&id) else { continue };
             let key = job.key_of(rank);
             if job.unproven().any(|s| s.rank == rank) {
-                self.set_state(key, RankState::Fenced, out);
+                self.set_state(key, RankState::Fenced, now, out);
             }
         }
     }

@@ -1,5 +1,6 @@
 //! What a user asks for, and the limits on it.
 
+use crate::amount::Amount;
 use crate::event::Refusal;
 use firefly_types::JobId;
 use serde::{Deserialize, Serialize};
@@ -13,8 +14,14 @@ pub(crate) const MOST_RANKS_PER_NODE: u32 = 1_024;
 pub(crate) const MOST_RANKS: u32 = 8_192;
 /// Bytes of command, environment and working directory together: they are part of the job's record.
 pub(crate) const MOST_TEXT_BYTES: usize = 64 << 10;
-/// Longest time between SIGTERM and SIGKILL: one hour.
+/// Longest time between SIGTERM and SIGKILL, and for a save when suspended: one hour.
 pub(crate) const MOST_GRACE_MS: u32 = 3_600_000;
+/// Most jobs of one array: each is a job of its own, and all are recorded in one step.
+pub(crate) const MOST_ARRAY: u32 = 10_000;
+/// Most jobs that one can wait for.
+pub(crate) const MOST_DEPENDENCIES: usize = 256;
+/// Most accelerators of one node: their set is one word.
+pub(crate) const MOST_GPUS: u32 = 64;
 
 /// Variables that the launcher sets: a job that sets them itself would not find its peers.
 const RESERVED: [&str; 14] = [
@@ -34,8 +41,28 @@ const RESERVED: [&str; 14] = [
     "FIREFLY_JOB_SECRET",
 ];
 
-/// What to run and on how much.
+/// When a job that waits for another may go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum After {
+    /// The other one succeeded; if it ends otherwise, this one fails.
+    Success,
+    /// The other one ended, however.
+    End,
+}
+
+/// Waits for another job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dependency {
+    /// Which.
+    pub job: JobId,
+    /// For what.
+    pub after: After,
+}
+
+/// What to run and on how much. Zero or empty: no demand, no limit, the default.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct JobSpec {
     /// For people; several jobs may have one name.
     pub name: String,
@@ -61,12 +88,58 @@ pub struct JobSpec {
     pub user: String,
     /// Milliseconds between SIGTERM and SIGKILL.
     pub grace_ms: u32,
+    /// Pool of nodes of one kind. Nodes without a group form the pool of the empty name.
+    pub group: String,
+    /// Accelerators on each node. Only jobs on one shared node ask for parts: gangs and exclusive
+    /// jobs get whole nodes, and these are least demands on each.
+    pub gpus_per_node: u32,
+    /// Cores on each node.
+    pub cores_per_node: u32,
+    /// Memory on each node.
+    pub memory_per_node_bytes: u64,
+    /// A whole node for a job of one node. Gangs always take whole nodes.
+    pub exclusive: bool,
+    /// The job takes part in the suspend handshake: it saves when asked and goes on from there.
+    pub suspendable: bool,
+    /// Milliseconds it may take to save when suspended; 0: the site's default.
+    pub suspend_grace_ms: u32,
+    /// Milliseconds of running, over all attempts, after which the job is ended; 0: none.
+    pub time_limit_ms: u64,
+    /// Milliseconds without progress after which the attempt counts as hung; 0: not watched.
+    pub progress_timeout_ms: u64,
+    /// Never on nodes of several zones, even if the site would allow it.
+    pub one_zone: bool,
+    /// The user's own order: lower goes first among the user's jobs.
+    pub user_rank: i32,
+    /// Jobs that must end first.
+    pub after: Vec<Dependency>,
+    /// Submits so many equal jobs; 0 and 1: one.
+    pub array: u32,
+    /// Most jobs of the array that run at a time; 0: all.
+    pub array_parallel: u32,
+    /// Milliseconds that the job is expected to run. Only the order `shortest` reads it.
+    pub hint_ms: u64,
 }
 
 impl JobSpec {
     /// Ranks in all.
     pub fn world_size(&self) -> u32 {
         self.nodes.saturating_mul(self.ranks_per_node)
+    }
+
+    /// What it needs on each of its nodes.
+    pub fn request(&self) -> Amount {
+        Amount {
+            gpus: self.gpus_per_node,
+            slots: self.ranks_per_node,
+            cores: self.cores_per_node,
+            memory_bytes: self.memory_per_node_bytes,
+        }
+    }
+
+    /// Whether it takes whole nodes.
+    pub fn whole(&self) -> bool {
+        self.nodes > 1 || self.exclusive
     }
 
     /// Refuses what could never run, on any cluster.
@@ -118,6 +191,59 @@ impl JobSpec {
         }
         if self.grace_ms > MOST_GRACE_MS {
             return refuse(format!("a grace of {} ms is beyond the limit of {MOST_GRACE_MS}", self.grace_ms));
+        }
+        self.validate_policy()
+    }
+
+    /// Demands, limits and relations that contradict each other.
+    fn validate_policy(&self) -> Result<(), Refusal> {
+        let refuse = |what: String| Err(Refusal::Invalid(what));
+        let names = [("group", &self.group), ("user", &self.user)];
+        for (what, name) in names {
+            if name.len() > 255 || name.chars().any(char::is_control) || name == "*" {
+                return refuse(format!("{name:?} cannot be a {what}'s name"));
+            }
+        }
+        if self.gpus_per_node > MOST_GPUS {
+            return refuse(format!(
+                "{} GPUs on a node are beyond the limit of {MOST_GPUS}",
+                self.gpus_per_node
+            ));
+        }
+        if self.suspend_grace_ms > MOST_GRACE_MS {
+            return refuse(format!(
+                "a grace of {} ms for a save is beyond the limit of {MOST_GRACE_MS}",
+                self.suspend_grace_ms
+            ));
+        }
+        if self.suspend_grace_ms > 0 && !self.suspendable {
+            return refuse("a grace for saving without `suspendable`: say which of both is meant".into());
+        }
+        let limit = self.time_limit_ms;
+        for (what, ms) in [
+            ("the grace for a save", u64::from(self.suspend_grace_ms)),
+            ("the progress timeout", self.progress_timeout_ms),
+        ] {
+            if limit > 0 && ms >= limit {
+                return refuse(format!(
+                    "{what} of {ms} ms is not shorter than the time limit of {limit} ms: it could never matter"
+                ));
+            }
+        }
+        if self.array > MOST_ARRAY {
+            return refuse(format!("an array of {} jobs is beyond the limit of {MOST_ARRAY}", self.array));
+        }
+        if self.array_parallel > self.array.max(1) {
+            return refuse(format!(
+                "{} of an array of {} jobs cannot run at a time",
+                self.array_parallel, self.array
+            ));
+        }
+        if self.after.len() > MOST_DEPENDENCIES {
+            return refuse(format!(
+                "{} dependencies are beyond the limit of {MOST_DEPENDENCIES}",
+                self.after.len()
+            ));
         }
         Ok(())
     }

@@ -4,14 +4,19 @@ use crate::*;
 use firefly_types::{AttemptEpoch, JobId, Nanos, NodeId, Rank};
 use std::time::Duration;
 
-struct Bench {
-    core: Core,
-    now: Now,
+/// A core with nodes, driven event by event; every invariant is checked after each.
+pub(crate) struct Bench {
+    pub(crate) core: Core,
+    pub(crate) now: Now,
 }
 
 impl Bench {
     fn new(slots: &[u32]) -> Self {
-        let core = Core::new(Policy::default());
+        Self::with(Policy::default(), slots)
+    }
+
+    pub(crate) fn with(policy: Policy, slots: &[u32]) -> Self {
+        let core = Core::new(policy);
         let mut bench = Self { core, now: Now { mono: Nanos(1), unix_ms: 1 } };
         for (i, slots) in slots.iter().enumerate() {
             bench.hello(u32::try_from(i).unwrap() + 1, *slots, Vec::new());
@@ -21,17 +26,21 @@ impl Bench {
 
     fn hello(&mut self, node: u32, slots: u32, inventory: Vec<RankReport>) -> Vec<Decision> {
         let info = NodeInfo { slots, cores: slots, ..NodeInfo::default() };
+        self.join(node, info, inventory)
+    }
+
+    pub(crate) fn join(&mut self, node: u32, info: NodeInfo, inventory: Vec<RankReport>) -> Vec<Decision> {
         self.step(Event::Hello { node: NodeId(node), info, inventory })
     }
 
-    fn step(&mut self, event: Event) -> Vec<Decision> {
+    pub(crate) fn step(&mut self, event: Event) -> Vec<Decision> {
         let decisions = self.core.step(event, self.now);
         self.core.check().unwrap();
         decisions
     }
 
     /// Time passes; `beat` nodes are heard.
-    fn pass(&mut self, time: Duration, beat: &[u32]) -> Vec<Decision> {
+    pub(crate) fn pass(&mut self, time: Duration, beat: &[u32]) -> Vec<Decision> {
         self.now.mono = self.now.mono.after(time);
         self.now.unix_ms += u64::try_from(time.as_millis()).unwrap();
         for node in beat {
@@ -41,25 +50,28 @@ impl Bench {
     }
 
     fn submit(&mut self, nodes: u32, each: u32, priority: i32, max_restarts: u32) -> JobId {
-        let spec = spec(nodes, each, priority, max_restarts);
+        self.submit_spec(spec(nodes, each, priority, max_restarts))
+    }
+
+    pub(crate) fn submit_spec(&mut self, spec: JobSpec) -> JobId {
         match self.step(Event::Submit { spec, key: String::new() }).pop() {
             Some(Decision::Answer(Answer::Job(id))) => id,
             other => panic!("{other:?}"),
         }
     }
 
-    fn say(&mut self, job: JobId, rank: u32, state: Reported) -> Vec<Decision> {
+    pub(crate) fn say(&mut self, job: JobId, rank: u32, state: Reported) -> Vec<Decision> {
         let attempt = self.core.job(job).unwrap().attempt().unwrap();
         let node = attempt.ranks[rank as usize].node;
         let key = RankKey { job, epoch: attempt.epoch, rank: Rank(rank) };
         self.step(Event::Rank { node, report: RankReport { key, state, pid: 7, master_port: 20_001 } })
     }
 
-    fn state(&self, job: JobId) -> JobState {
+    pub(crate) fn state(&self, job: JobId) -> JobState {
         self.core.job(job).unwrap().state
     }
 
-    fn run(&mut self, job: JobId) {
+    pub(crate) fn run(&mut self, job: JobId) {
         for rank in 0..self.core.job(job).unwrap().spec.world_size() {
             self.say(job, rank, Reported::Prepared);
         }
@@ -67,7 +79,7 @@ impl Bench {
     }
 }
 
-fn spec(nodes: u32, each: u32, priority: i32, max_restarts: u32) -> JobSpec {
+pub(crate) fn spec(nodes: u32, each: u32, priority: i32, max_restarts: u32) -> JobSpec {
     JobSpec {
         command: vec!["x".into()],
         nodes,
@@ -78,7 +90,7 @@ fn spec(nodes: u32, each: u32, priority: i32, max_restarts: u32) -> JobSpec {
     }
 }
 
-fn orders(decisions: &[Decision]) -> Vec<&Order> {
+pub(crate) fn orders(decisions: &[Decision]) -> Vec<&Order> {
     decisions
         .iter()
         .filter_map(|d| match d {
@@ -88,7 +100,7 @@ fn orders(decisions: &[Decision]) -> Vec<&Order> {
         .collect()
 }
 
-fn exit(code: i32) -> Reported {
+pub(crate) fn exit(code: i32) -> Reported {
     Reported::Exited(Exit { code: Some(code), ..Exit::default() })
 }
 

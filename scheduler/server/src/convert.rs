@@ -31,6 +31,8 @@ pub(crate) fn spec_from(spec: wire::JobSpec) -> JobSpec {
         gid: spec.gid,
         user: spec.user,
         grace_ms: spec.grace_ms,
+        // The wire does not carry the rest yet.
+        ..JobSpec::default()
     }
 }
 
@@ -53,9 +55,10 @@ fn spec_to(spec: &JobSpec) -> wire::JobSpec {
 
 fn state_to(state: JobState) -> wire::JobState {
     match state {
-        JobState::Pending => wire::JobState::Pending,
+        // `reason` and `why` tell the finer states apart.
+        JobState::Pending | JobState::Held => wire::JobState::Pending,
         JobState::Starting => wire::JobState::Starting,
-        JobState::Running => wire::JobState::Running,
+        JobState::Running | JobState::Suspending => wire::JobState::Running,
         JobState::Stopping => wire::JobState::Stopping,
         JobState::Succeeded => wire::JobState::Succeeded,
         JobState::Failed => wire::JobState::Failed,
@@ -111,13 +114,12 @@ pub(crate) fn job_to(job: &Job, full: bool) -> wire::Job {
 pub(crate) fn nodes_to(core: &Core, now: Now) -> Vec<wire::Node> {
     core.nodes()
         .map(|node| {
-            let state = match node.state(now.mono, core.policy()) {
+            let state = match node.state() {
                 NodeState::Ready => "ready",
                 NodeState::Lost => "lost",
                 NodeState::Cordoned => "cordoned",
             };
-            let mut jobs: Vec<u64> = node.ranks.iter().map(|(job, _)| job.0).collect();
-            jobs.dedup();
+            let jobs: Vec<u64> = node.jobs().map(|job| job.0).collect();
             let info = &node.record.info;
             wire::Node {
                 node_id: node.record.id.0,
@@ -145,6 +147,9 @@ pub(crate) fn info_from(hello: &wire::AgentHello) -> NodeInfo {
         slots: if hello.slots == 0 { hello.cores } else { hello.slots }.min(MOST_SLOTS),
         memory_bytes: hello.memory_bytes,
         gpus: hello.gpus,
+        // Agents do not say yet where they stand, and do not take part in the suspend handshake.
+        can_suspend: false,
+        ..NodeInfo::default()
     }
 }
 
@@ -199,6 +204,8 @@ pub(crate) fn order_to(order: Order, core: &Core, secret: &ClusterSecret) -> Opt
             master_address: core.node(master)?.record.info.address.clone(),
             master_port: master_port.into(),
         }),
+        // Nodes that cannot suspend are never asked to: see `info_from`.
+        Order::Suspend { .. } => return None,
         Order::Stop { grace, .. } => Wire::Stop(wire::StopRank {
             job_id,
             epoch,

@@ -1,8 +1,10 @@
 //! The core's records in the store.
 //!
 //! ```text
-//! scheduler/v1/job/  <id u64 BE> <part u16 BE>   JSON of the job, cut into parts
-//! scheduler/v1/node/ <id u32 BE> <part u16 BE>   JSON of the node
+//! scheduler/v1/job/     <id u64 BE> <part u16 BE>   JSON of the job, cut into parts
+//! scheduler/v1/node/    <id u32 BE> <part u16 BE>   JSON of the node
+//! scheduler/v1/account/ <user> <part u16 BE>        JSON of what the user's removed jobs used
+//! scheduler/v1/window/  <id u32 BE> <part u16 BE>   JSON of the maintenance window
 //! ```
 //!
 //! Jobs with thousands of ranks are larger than one value may be, hence the parts.
@@ -15,6 +17,8 @@ use std::sync::Arc;
 
 const JOB: &[u8] = b"scheduler/v1/job/";
 const NODE: &[u8] = b"scheduler/v1/node/";
+const ACCOUNT: &[u8] = b"scheduler/v1/account/";
+const WINDOW: &[u8] = b"scheduler/v1/window/";
 /// Bytes of one part: half of what a value may have.
 const PART_BYTES: usize = firefly_store::MAX_VALUE_BYTES / 2;
 /// Pairs read at a time while loading.
@@ -32,7 +36,7 @@ impl Journal {
     pub(crate) fn load(kv: Arc<dyn Kv>) -> Result<(Self, Vec<Record>), SchedulerError> {
         let mut values: BTreeMap<Vec<u8>, Vec<u8>> = BTreeMap::new();
         let mut parts: HashMap<Vec<u8>, usize> = HashMap::new();
-        for prefix in [JOB, NODE] {
+        for prefix in [JOB, NODE, ACCOUNT, WINDOW] {
             let end = successor(prefix);
             let mut from = prefix.to_vec();
             loop {
@@ -62,11 +66,16 @@ impl Journal {
         let mut txn = self.kv.begin();
         let mut latest: BTreeMap<Vec<u8>, Option<Record>> = BTreeMap::new();
         for record in records {
-            match &record {
-                Record::Job(job) => latest.insert([JOB, &job.id.0.to_be_bytes()].concat(), Some(record)),
-                Record::Node(node) => latest.insert([NODE, &node.id.0.to_be_bytes()].concat(), Some(record)),
-                Record::RemoveJob(id) => latest.insert([JOB, &id.0.to_be_bytes()].concat(), None),
+            let (prefix, id) = match &record {
+                Record::Job(job) => (JOB, job.id.0.to_be_bytes().to_vec()),
+                Record::RemoveJob(id) => (JOB, id.0.to_be_bytes().to_vec()),
+                Record::Node(node) => (NODE, node.id.0.to_be_bytes().to_vec()),
+                Record::Account(account) => (ACCOUNT, account.user.as_bytes().to_vec()),
+                Record::Maintenance(window) => (WINDOW, window.id.to_be_bytes().to_vec()),
+                Record::RemoveMaintenance(id) => (WINDOW, id.to_be_bytes().to_vec()),
             };
+            let removes = matches!(record, Record::RemoveJob(_) | Record::RemoveMaintenance(_));
+            latest.insert([prefix, &id].concat(), (!removes).then_some(record));
         }
         for (key, record) in latest {
             let part_key = |part: usize| {

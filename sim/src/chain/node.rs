@@ -5,7 +5,7 @@ use super::manager::Heartbeat;
 use firefly_types::{ChainVersion, ClusterId, Nanos, TargetId};
 use fs3_core::chain::{Chain, LocalState, PublicState, Report};
 use fs3_core::target::{ChainView, Event, Handle, Target, TargetOptions, Tenure, Verdict};
-use fs3_storage::engine::{Engine, EngineOptions, Header, MemDisk};
+use fs3_storage::engine::{Core, EngineOptions, Header, MemDisk, is_empty};
 use std::collections::BTreeMap;
 
 /// Who waits for an answer of this node.
@@ -26,7 +26,7 @@ pub(super) enum Purpose {
 
 pub(super) struct Open {
     pub(super) target: Target<Bytes>,
-    pub(super) engine: Engine<MemDisk, Bytes>,
+    pub(super) engine: Core<Bytes>,
 }
 
 pub(super) struct Node {
@@ -56,8 +56,15 @@ pub(super) struct Node {
     lying_disk: bool,
 }
 
-const ENGINE: EngineOptions =
-    EngineOptions { capacity_bytes: u64::MAX, grow_bytes: 512 << 10, log_bytes: 24 << 10 };
+/// Small, so that checkpoints, evictions and laps of the log happen often.
+const ENGINE: EngineOptions = EngineOptions {
+    capacity_bytes: u64::MAX,
+    grow_bytes: 512 << 10,
+    log_bytes: 64 << 10,
+    cache_bytes: 8 << 10,
+    group_bytes: 1 << 20,
+    plant: None,
+};
 
 impl Node {
     pub(super) fn new(id: usize, lying_disk: bool) -> Self {
@@ -121,8 +128,7 @@ impl Node {
 
     fn open(&mut self, options: TargetOptions) -> Result<(), String> {
         let header = Header { cluster: ClusterId(1), target: TargetId(self.id as u32) };
-        let (engine, recovered) =
-            Engine::open(self.disk.clone(), header, ENGINE).map_err(|e| e.to_string())?;
+        let (engine, recovered) = Core::open(&self.disk, header, ENGINE).map_err(|e| e.to_string())?;
         let target = Target::new(TargetId(self.id as u32), self.incarnation, options, recovered);
         self.open = Some(Open { target, engine });
         self.opened = true;
@@ -162,7 +168,7 @@ impl Node {
             return Ok(None);
         }
         self.chain_seen = chain.version;
-        let is_empty = !self.disk.file_names().iter().any(|n| n == "header");
+        let is_empty = is_empty(&self.disk).map_err(|e| e.to_string())?;
         match self.tenure.settle(state, chain.version, is_empty) {
             Verdict::Keep => {}
             Verdict::Open => self.open(options)?,

@@ -329,11 +329,13 @@ impl World {
     /// What a node's engine holds of a chunk.
     fn content(&self, node: usize, chunk: ChunkId, pending: bool) -> Result<Option<(Meta, Tags)>, String> {
         let Some(open) = &self.nodes[node].open else { return Ok(None) };
-        let Some(plan) = open.engine.plan_read(chunk, pending) else { return Ok(None) };
-        let mut bytes = vec![0; plan.meta().length as usize];
-        let complain = |e: String| format!("target {node} chunk {chunk} {:?}: {e}", plan.meta());
-        open.engine.read(&plan, 0, &mut bytes).map_err(|e| complain(e.to_string()))?;
-        tags_of(&bytes).map(|tags| Some((plan.meta(), tags))).map_err(complain)
+        let Some(mut plan) = open.engine.plan_read(chunk, pending, 0..u32::MAX) else { return Ok(None) };
+        let meta = plan.meta();
+        let mut bytes = vec![0; meta.length as usize];
+        let complain = |e: String| format!("target {node} chunk {chunk} {meta:?}: {e}");
+        let disk = &self.nodes[node].disk;
+        open.engine.read(disk, &mut plan, 0, &mut bytes).map_err(|e| complain(e.to_string()))?;
+        tags_of(&bytes).map(|tags| Some((meta, tags))).map_err(complain)
     }
 
     // ---- network ----
@@ -630,7 +632,7 @@ impl World {
                 self.plan_batch(node, false);
             }
             Action::Read { id, chunk, pending } => {
-                let plan = open.engine.plan_read(chunk, pending);
+                let plan = open.engine.plan_read(chunk, pending, 0..u32::MAX);
                 let epoch = self.nodes[node].epoch;
                 let delay = self.micros(50, 3000);
                 self.at(delay, Happens::Content { node, epoch, chunk, id, plan });
@@ -691,7 +693,9 @@ impl World {
             self.nodes[node].disk.fail_after(Some(after));
         }
         let Some(open) = &self.nodes[node].open else { return };
-        let done = open.engine.run_batch();
+        // The disk carries requests out in any order that the engine leaves open.
+        let (disk, rng) = (&self.nodes[node].disk, &mut self.rng);
+        let done = open.engine.run_in_order(disk, |n| rng.random_range(0..n));
         if dies {
             self.reach("crashes within a batch");
             return self.crash(node);
@@ -755,9 +759,10 @@ impl World {
         }
         let Some(open) = &self.nodes[node].open else { return };
         let mut content = None;
-        if let Some(plan) = plan {
+        if let Some(mut plan) = plan {
             let mut bytes = vec![0; plan.meta().length as usize];
-            if let Err(error) = open.engine.read(&plan, 0, &mut bytes) {
+            let disk = &self.nodes[node].disk;
+            if let Err(error) = open.engine.read(disk, &mut plan, 0, &mut bytes) {
                 let detail = format!("target {node} chunk {chunk}: {error}");
                 return self.truth.fail("stored chunks can be read", detail);
             }

@@ -1,26 +1,27 @@
-//! Bytes on disk: header, log frames, snapshot. docs/formats.md, section "fs3 target", describes
-//! the same for people. All numbers are little-endian.
+//! Bytes on disk: superblock, log frames and their records. docs/formats.md, section "fs3 target",
+//! describes the same for people. All numbers are little-endian; checksums are CRC-32C.
 
 use super::BLOCK_BYTES;
+use super::index::DIRTY;
 use firefly_types::{
     AttemptEpoch, ChunkId, ClientId, ClusterId, DataId, Generation, JobId, SessionEpoch, TargetId,
 };
 use fs3_core::target::{Context, MAX_CHUNK_BYTES, Record, RecordPage};
 
-/// Format of everything in a target folder.
-pub const FORMAT_VERSION: u32 = 1;
+/// Format of everything in a target's volume.
+pub const FORMAT_VERSION: u32 = 2;
 
-const HEADER_MAGIC: [u8; 8] = *b"FF3TARGT";
-const LOG_MAGIC: [u8; 8] = *b"FF3TLOG\0";
-const SNAPSHOT_MAGIC: [u8; 8] = *b"FF3TSNAP";
+pub(super) const MAGIC: [u8; 8] = *b"FF3TARGT";
 const FRAME_MAGIC: u32 = 0x464c_4f47; // "GOLF" in a dump: easy to find
-const FRAME_HEAD: usize = 20;
-/// Bytes before the first frame of a log or snapshot.
-pub(super) const PREAMBLE: usize = 24;
+/// Bytes of a frame before its body.
+pub(super) const FRAME_HEAD: usize = 20;
 const MAX_FRAME: usize = 64 << 20;
-const MAX_BLOCKS: u32 = MAX_CHUNK_BYTES / BLOCK_BYTES as u32;
+/// Blocks of the largest chunk.
+pub(super) const MAX_BLOCKS: u32 = MAX_CHUNK_BYTES / BLOCK_BYTES as u32;
+/// Chunk versions take 6 bytes on disk: 2.8e14 updates of one chunk, 89 years at 100,000 a second.
+pub(super) const MAX_VERSION: u64 = (1 << 48) - 1;
 
-/// A hole in a chunk's map: reads as zeros, takes no block.
+/// A hole in a chunk's map: reads as zeros, takes no block. No volume has a block of this number.
 pub(super) const HOLE: u32 = u32::MAX;
 
 /// Why bytes on disk are not what they should be.
@@ -32,16 +33,25 @@ pub enum FormatError {
     /// Written by a newer release.
     #[error("format version {found} is newer than {FORMAT_VERSION}, which this release reads: upgrade it")]
     TooNew {
-        /// What the file says.
+        /// What the bytes say.
+        found: u32,
+    },
+    /// Written before the first release.
+    #[error(
+        "format version {found} is older than {FORMAT_VERSION} and was never released, so it is not \
+         converted: remove the folder; the chain's other replicas fill the target again"
+    )]
+    TooOld {
+        /// What the bytes say.
         found: u32,
     },
 }
 
-fn damaged(what: impl Into<String>) -> FormatError {
+pub(super) fn damaged(what: impl Into<String>) -> FormatError {
     FormatError::Damaged(what.into())
 }
 
-/// Says whose folder it is.
+/// Says whose volume it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Header {
     /// Data of one cluster is never served to another.
@@ -51,53 +61,152 @@ pub struct Header {
 }
 
 impl Header {
-    /// The header file's bytes.
+    /// What the checksums of log frames begin with, so that a frame of another target's log never
+    /// passes for one of this.
+    pub(super) fn seed(&self) -> u32 {
+        let crc = crc32c::crc32c(&self.cluster.0.to_le_bytes());
+        crc32c::crc32c_append(crc, &self.target.0.to_le_bytes())
+    }
+}
+
+/// Where a page of metadata lies, and its checksum.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PagePtr {
+    /// Number of the block in the volume.
+    pub block: u32,
+    /// CRC-32C of the page's seal followed by the page.
+    pub crc: u32,
+}
+
+/// What a page's checksum is bound to besides its content.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum PageKind {
+    Leaf(ChunkId, u32),
+    Index,
+    Bitmap(u32),
+    Root,
+}
+
+/// The checksum of a page.
+pub(super) fn page_crc(kind: PageKind, page: &[u8]) -> u32 {
+    let mut seal = Vec::with_capacity(21);
+    match kind {
+        PageKind::Leaf(chunk, leaf) => {
+            seal.push(1);
+            put_chunk(&mut seal, chunk);
+            seal.extend(leaf.to_le_bytes());
+        }
+        PageKind::Index => seal.push(2),
+        PageKind::Bitmap(number) => {
+            seal.push(3);
+            seal.extend(number.to_le_bytes());
+        }
+        PageKind::Root => seal.push(4),
+    }
+    crc32c::crc32c_append(crc32c::crc32c(&seal), page)
+}
+
+/// Where everything begins. One sector, written in turn to two places, so that a torn write leaves
+/// the one before.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Superblock {
+    /// Whose volume it is.
+    pub header: Header,
+    /// Frames of the log begin at multiples of this: the unit that the disk writes whole.
+    pub sector_bytes: u32,
+    /// Number of the checkpoint; the higher of two valid superblocks counts.
+    pub generation: u64,
+    /// First block of the log.
+    pub log_first: u32,
+    /// Blocks of the log.
+    pub log_blocks: u32,
+    /// Where in the log the first frame behind the checkpoint is, bytes.
+    pub log_offset: u64,
+    /// Number of that frame.
+    pub log_sequence: u64,
+    /// First block of the checkpoint's root.
+    pub root: PagePtr,
+    /// Bytes of the root.
+    pub root_bytes: u64,
+}
+
+/// Bytes of an encoded superblock; at most a sector.
+pub(super) const SUPER_BYTES: usize = 100;
+
+impl Superblock {
+    /// Its bytes.
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = HEADER_MAGIC.to_vec();
+        let mut out = MAGIC.to_vec();
         out.extend(FORMAT_VERSION.to_le_bytes());
         out.extend((BLOCK_BYTES as u32).to_le_bytes());
-        out.extend(self.cluster.0.to_le_bytes());
-        out.extend(self.target.0.to_le_bytes());
+        out.extend(self.header.cluster.0.to_le_bytes());
+        out.extend(self.header.target.0.to_le_bytes());
+        out.extend(self.sector_bytes.to_le_bytes());
+        out.extend(self.generation.to_le_bytes());
+        out.extend(self.log_first.to_le_bytes());
+        out.extend(self.log_blocks.to_le_bytes());
+        out.extend(self.log_offset.to_le_bytes());
+        out.extend(self.log_sequence.to_le_bytes());
+        out.extend(self.root.block.to_le_bytes());
+        out.extend(self.root.crc.to_le_bytes());
+        out.extend(self.root_bytes.to_le_bytes());
+        out.extend([0; 8]);
         out.extend(crc32c::crc32c(&out).to_le_bytes());
+        debug_assert_eq!(out.len(), SUPER_BYTES);
         out
     }
 
-    /// Reads them back.
-    pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
+    /// Reads it back; `None` if there is nothing (zeros).
+    pub fn decode(bytes: &[u8]) -> Result<Option<Self>, FormatError> {
+        let bytes = bytes.get(..SUPER_BYTES).ok_or_else(|| damaged("the superblock is cut short"))?;
+        if bytes.iter().all(|b| *b == 0) {
+            return Ok(None);
+        }
         let mut reader = Reader(bytes);
-        if reader.take(8)? != HEADER_MAGIC {
-            return Err(damaged("the header is not that of a target"));
+        if reader.take(8)? != MAGIC {
+            return Err(damaged("the superblock is not that of a target"));
         }
         let found = reader.u32()?;
         if found > FORMAT_VERSION {
             return Err(FormatError::TooNew { found });
         }
-        let block = reader.u32()?;
-        let cluster = ClusterId(u128::from_le_bytes(reader.array()?));
-        let target = TargetId(reader.u32()?);
-        let crc = reader.u32()?;
-        if !reader.0.is_empty() || crc != crc32c::crc32c(&bytes[..bytes.len() - 4]) {
-            return Err(damaged("the header's checksum is wrong"));
+        if found < FORMAT_VERSION {
+            return Err(FormatError::TooOld { found });
         }
-        if block as usize != BLOCK_BYTES {
-            return Err(damaged(format!("blocks of {block} bytes are not those of format {FORMAT_VERSION}")));
+        if reader.u32()? as usize != BLOCK_BYTES {
+            return Err(damaged("the superblock's block size is not that of its format"));
         }
-        Ok(Self { cluster, target })
+        let header = Header {
+            cluster: ClusterId(u128::from_le_bytes(reader.array()?)),
+            target: TargetId(reader.u32()?),
+        };
+        let out = Self {
+            header,
+            sector_bytes: reader.u32()?,
+            generation: reader.u64()?,
+            log_first: reader.u32()?,
+            log_blocks: reader.u32()?,
+            log_offset: reader.u64()?,
+            log_sequence: reader.u64()?,
+            root: reader.page()?,
+            root_bytes: reader.u64()?,
+        };
+        reader.take(8)?;
+        if reader.u32()? != crc32c::crc32c(&bytes[..SUPER_BYTES - 4]) {
+            return Err(damaged("the superblock's checksum is wrong"));
+        }
+        let log_bytes = u64::from(out.log_blocks) * BLOCK_BYTES as u64;
+        let sector = u64::from(out.sector_bytes);
+        if !matches!(sector, 512 | 4096)
+            || out.log_offset >= log_bytes
+            || !out.log_offset.is_multiple_of(sector)
+            || out.log_first.checked_add(out.log_blocks).is_none()
+        {
+            return Err(damaged("the superblock's numbers make no sense"));
+        }
+        Ok(Some(out))
     }
 }
-
-/// Where a block lies and what it must contain.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct BlockPtr {
-    /// Number of the block in the data file, or `u32::MAX` for a hole.
-    pub block: u32,
-    /// CRC-32C of the seal (chunk, index, version) followed by the block.
-    pub crc: u32,
-    /// Chunk version that wrote the block.
-    pub version: u64,
-}
-
-pub(super) const NO_BLOCK: BlockPtr = BlockPtr { block: HOLE, crc: 0, version: 0 };
 
 /// What a block's checksum is bound to.
 pub(super) fn seal(chunk: ChunkId, index: u32, version: u64) -> [u8; 28] {
@@ -110,29 +219,51 @@ pub(super) fn seal(chunk: ChunkId, index: u32, version: u64) -> [u8; 28] {
     out
 }
 
-/// One entry of the log or of a snapshot.
+/// A part of a chunk's map that an update changes: `crcs.len()` neighbouring blocks of the volume,
+/// or holes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Change {
+    /// First block in the chunk.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+    /// First block in the volume; `u32::MAX` for holes.
+    pub block: u32,
+    /// Checksum of each block; none for holes.
+    pub crcs: Vec<u32>,
+}
+
+/// A next version of a chunk.
+#[derive(Clone, PartialEq, Debug)]
+pub struct PendingRecord {
+    /// Which chunk.
+    pub chunk: ChunkId,
+    /// Version that it builds on; 0 for none.
+    pub base: u64,
+    /// Version that it creates.
+    pub version: u64,
+    /// Bytes of the chunk after it.
+    pub length: u32,
+    /// The chunk's checksum after it.
+    pub digest: u32,
+    /// The chunk ceases to exist by it.
+    pub removes: bool,
+    /// Committed at once.
+    pub at_once: bool,
+    /// Nothing of the committed map stays.
+    pub whole: bool,
+    /// Whose it is.
+    pub context: Context,
+    /// Differences from the committed map cut or extended with holes to `length` (from an empty one
+    /// if `whole`), by first block, without overlap.
+    pub changes: Vec<Change>,
+}
+
+/// One entry of the log.
 #[derive(Clone, PartialEq, Debug)]
 pub enum LogRecord {
-    /// A next version beside the committed one: the changed part of the map.
-    Pending {
-        /// Which chunk.
-        chunk: ChunkId,
-        /// Version that it builds on; 0 for none.
-        base: u64,
-        /// Version that it creates.
-        version: u64,
-        /// Bytes of the chunk after it.
-        length: u32,
-        /// The chunk ceases to exist by it.
-        removes: bool,
-        /// Committed at once.
-        at_once: bool,
-        /// Whose it is.
-        context: Context,
-        /// (index in the chunk, pointer): differences from the committed map cut or extended to
-        /// `length`.
-        changes: Vec<(u32, BlockPtr)>,
-    },
+    /// A next version beside the committed one.
+    Pending(PendingRecord),
     /// The pending version is the committed one.
     Commit {
         /// Which chunk.
@@ -154,59 +285,21 @@ pub enum LogRecord {
     },
     /// Exactly-once records and epochs.
     Page(RecordPage),
-    /// Snapshot only: a committed chunk.
-    Chunk {
-        /// Which chunk.
-        chunk: ChunkId,
-        /// Its version.
-        version: u64,
-        /// Its bytes.
-        length: u32,
-        /// Its whole map.
-        map: Vec<BlockPtr>,
-    },
-    /// Snapshot only: the end, with the number of `Chunk` and `Pending` entries.
-    End {
-        /// How many.
-        entries: u64,
-    },
+    /// The target was opened or closed here: what stands before is durable.
+    Mark,
 }
 
-fn put_chunk(out: &mut Vec<u8>, chunk: ChunkId) {
+pub(super) fn put_chunk(out: &mut Vec<u8>, chunk: ChunkId) {
     out.extend(chunk.data.0.to_le_bytes());
     out.extend(chunk.generation.0.to_le_bytes());
     out.extend(chunk.index.to_le_bytes());
-}
-
-fn put_ptr(out: &mut Vec<u8>, ptr: &BlockPtr) {
-    out.extend(ptr.block.to_le_bytes());
-    out.extend(ptr.crc.to_le_bytes());
-    out.extend(ptr.version.to_le_bytes());
 }
 
 impl LogRecord {
     /// Appends the record's bytes.
     pub fn encode(&self, out: &mut Vec<u8>) {
         match self {
-            Self::Pending { chunk, base, version, length, removes, at_once, context, changes } => {
-                out.push(1);
-                put_chunk(out, *chunk);
-                out.extend(base.to_le_bytes());
-                out.extend(version.to_le_bytes());
-                out.extend(length.to_le_bytes());
-                out.push(u8::from(*removes) | u8::from(*at_once) << 1);
-                out.extend(context.client.0.to_le_bytes());
-                out.extend(context.session_epoch.0.to_le_bytes());
-                out.extend(context.channel.to_le_bytes());
-                out.extend(context.sequence.to_le_bytes());
-                out.extend(context.attempt.0.to_le_bytes());
-                out.extend(context.job.0.to_le_bytes());
-                out.extend((changes.len() as u32).to_le_bytes());
-                for (index, ptr) in changes {
-                    out.extend(index.to_le_bytes());
-                    put_ptr(out, ptr);
-                }
-            }
+            Self::Pending(pending) => pending.encode(out),
             Self::Commit { chunk, version } | Self::Drop { chunk, version } => {
                 out.push(if matches!(self, Self::Commit { .. }) { 2 } else { 3 });
                 put_chunk(out, *chunk);
@@ -238,20 +331,7 @@ impl LogRecord {
                     out.extend(attempt.0.to_le_bytes());
                 }
             }
-            Self::Chunk { chunk, version, length, map } => {
-                out.push(6);
-                put_chunk(out, *chunk);
-                out.extend(version.to_le_bytes());
-                out.extend(length.to_le_bytes());
-                out.extend((map.len() as u32).to_le_bytes());
-                for ptr in map {
-                    put_ptr(out, ptr);
-                }
-            }
-            Self::End { entries } => {
-                out.push(7);
-                out.extend(entries.to_le_bytes());
-            }
+            Self::Mark => out.push(6),
         }
     }
 
@@ -267,35 +347,7 @@ impl LogRecord {
 
     fn decode(reader: &mut Reader<'_>) -> Result<Self, FormatError> {
         Ok(match reader.u8()? {
-            1 => {
-                let chunk = reader.chunk()?;
-                let (base, version, length) = (reader.u64()?, reader.u64()?, reader.u32()?);
-                let flags = reader.u8()?;
-                if flags > 3 {
-                    return Err(damaged(format!("unknown flags {flags:#x} of a pending update")));
-                }
-                let context = Context {
-                    client: ClientId(reader.u64()?),
-                    session_epoch: SessionEpoch(reader.u64()?),
-                    channel: reader.u32()?,
-                    sequence: reader.u64()?,
-                    attempt: AttemptEpoch(reader.u32()?),
-                    job: JobId(reader.u64()?),
-                };
-                let count = reader.count(20, MAX_BLOCKS)?;
-                let mut changes = Vec::with_capacity(count);
-                for _ in 0..count {
-                    changes.push((reader.u32()?, reader.ptr()?));
-                }
-                let blocks = length.div_ceil(BLOCK_BYTES as u32);
-                if length > MAX_CHUNK_BYTES || changes.iter().any(|(index, _)| *index >= blocks) {
-                    return Err(damaged(format!(
-                        "pending update of {chunk} does not fit its length {length}"
-                    )));
-                }
-                let (removes, at_once) = (flags & 1 != 0, flags & 2 != 0);
-                Self::Pending { chunk, base, version, length, removes, at_once, context, changes }
-            }
+            1 => Self::Pending(PendingRecord::decode(reader)?),
             2 => Self::Commit { chunk: reader.chunk()?, version: reader.u64()? },
             3 => Self::Drop { chunk: reader.chunk()?, version: reader.u64()? },
             4 => Self::Remove { chunk: reader.chunk()? },
@@ -315,59 +367,130 @@ impl LogRecord {
                 }
                 Self::Page(page)
             }
-            6 => {
-                let (chunk, version, length) = (reader.chunk()?, reader.u64()?, reader.u32()?);
-                let count = reader.count(16, MAX_BLOCKS)?;
-                if count != length.div_ceil(BLOCK_BYTES as u32) as usize {
-                    return Err(damaged(format!("map of {chunk} does not fit its length {length}")));
-                }
-                let map = (0..count).map(|_| reader.ptr()).collect::<Result<_, _>>()?;
-                Self::Chunk { chunk, version, length, map }
-            }
-            7 => Self::End { entries: reader.u64()? },
+            6 => Self::Mark,
             tag => return Err(damaged(format!("unknown record {tag}"))),
         })
     }
 }
 
+impl PendingRecord {
+    fn encode(&self, out: &mut Vec<u8>) {
+        out.push(1);
+        put_chunk(out, self.chunk);
+        out.extend(self.base.to_le_bytes());
+        out.extend(self.version.to_le_bytes());
+        out.extend(self.length.to_le_bytes());
+        out.extend(self.digest.to_le_bytes());
+        out.push(u8::from(self.removes) | u8::from(self.at_once) << 1 | u8::from(self.whole) << 2);
+        let context = &self.context;
+        out.extend(context.client.0.to_le_bytes());
+        out.extend(context.session_epoch.0.to_le_bytes());
+        out.extend(context.channel.to_le_bytes());
+        out.extend(context.sequence.to_le_bytes());
+        out.extend(context.attempt.0.to_le_bytes());
+        out.extend(context.job.0.to_le_bytes());
+        out.extend((self.changes.len() as u32).to_le_bytes());
+        for change in &self.changes {
+            out.extend(change.first.to_le_bytes());
+            out.extend(change.count.to_le_bytes());
+            out.extend(change.block.to_le_bytes());
+            out.extend(change.crcs.iter().flat_map(|crc| crc.to_le_bytes()));
+        }
+    }
+
+    fn decode(reader: &mut Reader<'_>) -> Result<Self, FormatError> {
+        let chunk = reader.chunk()?;
+        let (base, version) = (reader.u64()?, reader.u64()?);
+        let (length, digest) = (reader.u32()?, reader.u32()?);
+        let flags = reader.u8()?;
+        if flags > 7 {
+            return Err(damaged(format!("unknown flags {flags:#x} of a pending update")));
+        }
+        let context = Context {
+            client: ClientId(reader.u64()?),
+            session_epoch: SessionEpoch(reader.u64()?),
+            channel: reader.u32()?,
+            sequence: reader.u64()?,
+            attempt: AttemptEpoch(reader.u32()?),
+            job: JobId(reader.u64()?),
+        };
+        if length > MAX_CHUNK_BYTES || version > MAX_VERSION {
+            return Err(damaged(format!("version {version} of {chunk}, {length} bytes, is out of range")));
+        }
+        let blocks = length.div_ceil(BLOCK_BYTES as u32);
+        let count = reader.count(12, MAX_BLOCKS)?;
+        let mut changes = Vec::with_capacity(count);
+        let mut at = 0;
+        for _ in 0..count {
+            let (first, count, block) = (reader.u32()?, reader.u32()?, reader.u32()?);
+            let end = first.checked_add(count).filter(|end| first >= at && *end <= blocks && count > 0);
+            let Some(end) = end else {
+                return Err(damaged(format!("an update of {chunk} does not fit its length {length}")));
+            };
+            at = end;
+            let mut crcs = Vec::new();
+            if block != HOLE {
+                if block.checked_add(count).is_none_or(|end| end > DIRTY) {
+                    return Err(damaged(format!("an update of {chunk} leaves the volume")));
+                }
+                let bytes = reader.take(count as usize * 4)?;
+                crcs.extend(bytes.as_chunks::<4>().0.iter().map(|crc| u32::from_le_bytes(*crc)));
+            }
+            changes.push(Change { first, count, block, crcs });
+        }
+        let (removes, at_once, whole) = (flags & 1 != 0, flags & 2 != 0, flags & 4 != 0);
+        Ok(Self { chunk, base, version, length, digest, removes, at_once, whole, context, changes })
+    }
+}
+
 /// Bytes that are consumed from the front; never trusts a length.
-struct Reader<'a>(&'a [u8]);
+pub(super) struct Reader<'a>(pub(super) &'a [u8]);
 
 impl<'a> Reader<'a> {
-    fn take(&mut self, n: usize) -> Result<&'a [u8], FormatError> {
+    pub(super) fn take(&mut self, n: usize) -> Result<&'a [u8], FormatError> {
         let (head, rest) = self.0.split_at_checked(n).ok_or_else(|| damaged("the bytes end too early"))?;
         self.0 = rest;
         Ok(head)
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], FormatError> {
+    pub(super) fn array<const N: usize>(&mut self) -> Result<[u8; N], FormatError> {
         let mut out = [0; N];
         out.copy_from_slice(self.take(N)?);
         Ok(out)
     }
 
-    fn u8(&mut self) -> Result<u8, FormatError> {
+    pub(super) fn u8(&mut self) -> Result<u8, FormatError> {
         Ok(self.array::<1>()?[0])
     }
 
-    fn u32(&mut self) -> Result<u32, FormatError> {
+    pub(super) fn u16(&mut self) -> Result<u16, FormatError> {
+        self.array().map(u16::from_le_bytes)
+    }
+
+    pub(super) fn u32(&mut self) -> Result<u32, FormatError> {
         self.array().map(u32::from_le_bytes)
     }
 
-    fn u64(&mut self) -> Result<u64, FormatError> {
+    pub(super) fn u48(&mut self) -> Result<u64, FormatError> {
+        let mut out = [0; 8];
+        out[..6].copy_from_slice(self.take(6)?);
+        Ok(u64::from_le_bytes(out))
+    }
+
+    pub(super) fn u64(&mut self) -> Result<u64, FormatError> {
         self.array().map(u64::from_le_bytes)
     }
 
-    fn chunk(&mut self) -> Result<ChunkId, FormatError> {
+    pub(super) fn chunk(&mut self) -> Result<ChunkId, FormatError> {
         Ok(ChunkId { data: DataId(self.u64()?), generation: Generation(self.u32()?), index: self.u32()? })
     }
 
-    fn ptr(&mut self) -> Result<BlockPtr, FormatError> {
-        Ok(BlockPtr { block: self.u32()?, crc: self.u32()?, version: self.u64()? })
+    pub(super) fn page(&mut self) -> Result<PagePtr, FormatError> {
+        Ok(PagePtr { block: self.u32()?, crc: self.u32()? })
     }
 
-    /// A number of items of `size` bytes each, which must be there.
-    fn count(&mut self, size: usize, limit: u32) -> Result<usize, FormatError> {
+    /// A number of items of `size` bytes each at least, which must be there.
+    pub(super) fn count(&mut self, size: usize, limit: u32) -> Result<usize, FormatError> {
         let count = self.u32()?;
         if count > limit || (count as usize).saturating_mul(size) > self.0.len() {
             return Err(damaged(format!("{count} items do not fit")));
@@ -376,21 +499,25 @@ impl<'a> Reader<'a> {
     }
 }
 
-fn frame_crc(generation: u64, sequence: u64, body: &[u8]) -> u32 {
-    let seed = crc32c::crc32c(&[generation.to_le_bytes(), sequence.to_le_bytes()].concat());
-    crc32c::crc32c_append(seed, body)
+fn frame_crc(seed: u32, sequence: u64, body: &[u8]) -> u32 {
+    let head = [&sequence.to_le_bytes()[..], &(body.len() as u32).to_le_bytes()].concat();
+    crc32c::crc32c_append(crc32c::crc32c_append(seed, &head), body)
 }
 
-/// Appends a frame: magic, length, checksum (of generation, sequence, body), sequence, body.
-pub(super) fn put_frame(out: &mut Vec<u8>, generation: u64, sequence: u64, body: &[u8]) {
+/// A frame: magic, length of the body, checksum (of whose log it is, sequence, length, body),
+/// sequence, body.
+pub(super) fn frame(seed: u32, sequence: u64, body: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(FRAME_HEAD + body.len());
     out.extend(FRAME_MAGIC.to_le_bytes());
     out.extend((body.len() as u32).to_le_bytes());
-    out.extend(frame_crc(generation, sequence, body).to_le_bytes());
+    out.extend(frame_crc(seed, sequence, body).to_le_bytes());
     out.extend(sequence.to_le_bytes());
     out.extend(body);
+    out
 }
 
-fn frame_at(bytes: &[u8], generation: u64) -> Option<(u64, &[u8])> {
+/// The frame that begins here, if it is a valid one: its sequence and body.
+pub(super) fn frame_at(bytes: &[u8], seed: u32) -> Option<(u64, &[u8])> {
     let mut reader = Reader(bytes);
     let magic = reader.u32().ok()?;
     let len = reader.u32().ok()? as usize;
@@ -400,60 +527,5 @@ fn frame_at(bytes: &[u8], generation: u64) -> Option<(u64, &[u8])> {
         return None;
     }
     let body = reader.take(len).ok()?;
-    (frame_crc(generation, sequence, body) == crc).then_some((sequence, body))
-}
-
-/// First bytes of a log or snapshot: magic, format version, zero, generation.
-pub(super) fn preamble(snapshot: bool, generation: u64) -> Vec<u8> {
-    let mut out = if snapshot { SNAPSHOT_MAGIC } else { LOG_MAGIC }.to_vec();
-    out.extend(FORMAT_VERSION.to_le_bytes());
-    out.extend([0; 4]);
-    out.extend(generation.to_le_bytes());
-    out
-}
-
-/// Checks a preamble.
-pub(super) fn check_preamble(bytes: &[u8], snapshot: bool, generation: u64) -> Result<(), FormatError> {
-    let name = if snapshot { "snapshot" } else { "log" };
-    let found = bytes.get(8..12).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes);
-    if bytes.len() >= PREAMBLE && bytes[..8] == preamble(snapshot, generation)[..8] && found > FORMAT_VERSION
-    {
-        return Err(FormatError::TooNew { found });
-    }
-    if bytes.get(..PREAMBLE) != Some(&preamble(snapshot, generation)[..]) {
-        return Err(damaged(format!("the {name} of generation {generation} does not begin as one")));
-    }
-    Ok(())
-}
-
-/// The frames of a log or snapshot.
-pub(super) struct Frames {
-    /// Bodies in order.
-    pub(super) bodies: Vec<Vec<u8>>,
-    /// Where the valid part ends.
-    pub(super) end: usize,
-}
-
-/// Reads frames up to the end or to a torn tail. What is torn can only be the last frame, since
-/// the next is written after it was synced: a valid frame behind a bad one means damage, which
-/// must not pass for a tail.
-pub(super) fn read_frames(bytes: &[u8], generation: u64) -> Result<Frames, FormatError> {
-    let mut frames = Frames { bodies: Vec::new(), end: PREAMBLE };
-    let mut next = 0;
-    while let Some((sequence, body)) = bytes.get(frames.end..).and_then(|rest| frame_at(rest, generation)) {
-        if sequence != next {
-            return Err(damaged(format!("frame {sequence} stands where {next} belongs")));
-        }
-        next += 1;
-        frames.end += FRAME_HEAD + body.len();
-        frames.bodies.push(body.to_vec());
-    }
-    let tail = bytes.get(frames.end..).unwrap_or_default();
-    let valid_behind = (1..tail.len().saturating_sub(FRAME_HEAD - 1))
-        .filter(|at| tail[*at..*at + 4] == FRAME_MAGIC.to_le_bytes())
-        .any(|at| frame_at(&tail[at..], generation).is_some_and(|(sequence, _)| sequence > next));
-    if valid_behind {
-        return Err(damaged(format!("frame {next} is damaged and later ones are not: the disk lost data")));
-    }
-    Ok(frames)
+    (frame_crc(seed, sequence, body) == crc).then_some((sequence, body))
 }

@@ -513,15 +513,14 @@ pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
     (0..len as u64).map(|i| (i.wrapping_mul(31).wrapping_add(seed * 97 + i / 4096) % 251) as u8 + 1).collect()
 }
 
-/// Flips a byte in the middle of the block of the data file that begins with `begin`.
+/// Flips a byte in the middle of the block of the volume that begins with `begin`.
 pub fn corrupt_block(target_dir: &Path, begin: &[u8]) {
-    let path = target_dir.join("blocks");
-    let mut bytes = std::fs::read(&path).unwrap();
-    let at = bytes.chunks(16 << 10).position(|b| b.starts_with(begin)).expect("the block is there");
-    bytes[at * (16 << 10) + 8000] ^= 1;
+    let path = target_dir.join("volume");
+    let bytes = std::fs::read(&path).unwrap();
+    let at = bytes.chunks(4096).position(|b| b.starts_with(begin)).expect("the block is there") * 4096;
     use std::os::unix::fs::FileExt;
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
-    file.write_all_at(&bytes[at * (16 << 10)..(at + 1) * (16 << 10)], (at * (16 << 10)) as u64).unwrap();
+    file.write_all_at(&[bytes[at + 2000] ^ 1], at as u64 + 2000).unwrap();
     file.sync_all().unwrap();
 }
 

@@ -11,7 +11,7 @@ use crate::link::verbs::credits::Credits;
 use crate::verbs::negotiate::{End, Place};
 use crate::verbs::slab::Slab;
 use crate::verbs::{Port, Queue, QueueOptions, Rail};
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -70,6 +70,11 @@ impl Draft {
                 free: (RECEIVES..RECEIVES + SEND_SLOTS).collect(),
                 arrived: VecDeque::new(),
                 probes: Some(VecDeque::new()),
+                free_windows: Vec::new(),
+                bound: HashMap::new(),
+                calls: HashMap::new(),
+                sources: HashMap::new(),
+                invalidate_theirs: false,
                 over: None,
                 halves: 2,
             }),
@@ -81,8 +86,10 @@ impl Draft {
             heads: link.heads.clone(),
             stall: link.stall,
             inline_limit,
+            windows: rail.device.has_windows(),
+            gone: CancellationToken::new(),
         });
-        let tx = VerbsTx { half: Half(shared.clone()), begun: 0, pushed: false };
+        let tx = VerbsTx { half: Half(shared.clone()), begun: 0, pushed: false, named: None };
         let rx = VerbsRx { half: Half(shared.clone()) };
         {
             let state = shared.lock();
@@ -110,25 +117,42 @@ impl Draft {
         let state = self.shared.lock();
         let address = state.queue.as_ref()?.address();
         let place = self.place.clone();
-        Some(End { place, address, receives: RECEIVES as u32, bytes: SLOT as u64, region: (0, 0) })
+        Some(End {
+            place,
+            address,
+            receives: RECEIVES as u32,
+            bytes: SLOT as u32,
+            windows: self.shared.windows,
+        })
     }
 
     /// Connects to the peer's queue pair. The kernel asks for the hardware address of the peer's
     /// (or the router's) port on the way and waits for seconds if nobody answers, hence a thread of
     /// its own.
     pub(crate) async fn connect(&self, peer: &End) -> Result<(), LinkError> {
-        if peer.bytes < SLOT as u64 {
+        if peer.bytes < SLOT as u32 {
             let what = format!("receives of {} bytes; this side sends up to {SLOT}", peer.bytes);
             return Err(LinkError::Protocol(what));
         }
         let (shared, peer) = (self.shared.clone(), peer.clone());
         let connecting = tokio::task::spawn_blocking(move || {
+            // Out of its place meanwhile: whoever gives up waiting must not wait for the lock.
+            let queue = {
+                let mut state = shared.lock();
+                state.credits = Credits::new(RECEIVES as u32, peer.receives);
+                state.invalidate_theirs = peer.windows && shared.windows;
+                state.queue.take().ok_or(LinkError::Closed)?
+            };
+            let connected = queue.connect(&peer.address);
             let mut state = shared.lock();
-            state.credits = Credits::new(RECEIVES as u32, peer.receives);
-            match &state.queue {
-                Some(queue) => queue.connect(&peer.address),
-                None => Err(LinkError::Closed),
+            if state.halves > 0 {
+                state.queue = Some(queue);
+            } else {
+                // Given up: the queue pair goes, and only then the slots, which `shared` holds.
+                drop(state);
+                drop(queue);
             }
+            connected
         });
         connecting
             .await

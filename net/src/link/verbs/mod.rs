@@ -6,38 +6,54 @@
 //! What one call costs in steady state, with a head that fits inline (asserted by
 //! `tests::each_call_costs_what_is_documented`):
 //!
-//! | call | client posts | server posts | completions | registrations | payload bytes copied |
+//! | call | client posts | server posts | completions at client + server | registrations | payload bytes copied |
 //! | --- | --- | --- | --- | --- | --- |
 //! | without payload | 1 SEND | 1 SEND | 1 + 2 | 0 | 0 |
-//! | write 1 MiB | 1 SEND | 1 READ, 1 SEND | 1 + 3 | 0 | 0 |
-//! | read 1 MiB | 1 SEND | 1 WRITE, 1 SEND | 1 + 2 | 0 | 0 |
+//! | write 1 MiB | 1 bind, 1 SEND | 1 READ, 1 SEND | 1 + 3 | 0 | 0 |
+//! | read 1 MiB | 1 bind, 1 SEND | 1 WRITE, 1 SEND | 1 + 2 | 0 | 0 |
 //!
-//! A request's SEND asks for no completion (one in [`SIGNAL_EVERY`] does, so that the send queue
-//! drains); a reply's does, because a stopping server must know that its answers are out, and it
-//! covers the WRITE before it. Credits travel within the messages.
+//! A request asks for no completion of its own (one in [`SIGNAL_EVERY`] does, so that the send
+//! queue drains); a reply's SEND does, because a stopping server must know that its answers are
+//! out, and it covers the WRITE before it. Credits travel within the messages.
 //!
-//! Memory: whatever a device may touch is held in [`State::posted`] until its completion (or a
-//! later one) came, and the queue pair is destroyed when the second half of the link is dropped,
-//! before anything held is. So a cancelled pull or a lost connection never leaves a device writing
-//! to freed memory.
+//! # Who may touch what, and until when
+//!
+//! * The peer reaches the memory of a call by the key of a memory window, which is good on this
+//!   queue pair only and ends with the call: the answer's SEND takes it back on arrival (with two
+//!   windows, this side takes back the other one before the caller has its memory again). What a
+//!   peer's device does with an old key is refused. Where a device has no windows of type 2, the
+//!   key is the block's and good as long as its registration: then a call's right ends by the
+//!   peer's discipline, as it does on most RDMA stores.
+//! * A call that timed out or was dropped keeps its memory until the answer came or the queue pair
+//!   was destroyed, in both cases. Taking its window back at once would free the memory sooner, but
+//!   an honest peer that is merely late would then lose the whole connection to the refusal.
+//! * What this side's own work touches is held in [`State::posted`] until its completion (or a
+//!   later one) came, and the queue pair is destroyed when the second half of the link is dropped,
+//!   before anything held is. So a cancelled pull or a lost connection never leaves a device
+//!   writing to freed memory.
+//! * Slots for messages are registered for this side only. All registrations ask for relaxed
+//!   ordering ([`crate::verbs::Region::new`] says why that is safe).
 
 mod connect;
 mod credits;
+mod rx;
+mod tx;
 mod wire;
 
 pub(crate) use connect::Draft;
+pub(crate) use rx::VerbsRx;
+pub(crate) use tx::VerbsTx;
 
-use super::{Counters, Incoming, LinkOptions, LinkRx, LinkTx, Outgoing, Permit, Register, Window};
-use crate::buf::{Buf, BufMut, HeadRoom, Heads};
+use super::{Counters, LinkOptions, Permit, Window};
+use crate::buf::{Buf, BufMut, Heads};
 use crate::error::LinkError;
 use crate::link::tcp::Pulse;
-use crate::rpc::frame::FrameKind;
+use crate::verbs::queue::WindowAccess;
 use crate::verbs::queue::{Piece, piece};
 use crate::verbs::slab::Slab;
-use crate::verbs::{Completion, Device, Done, Op, Queue, Rail, Remote, Request};
-use bytes::Bytes;
+use crate::verbs::{Completion, Device, Done, MemoryWindow, Op, Queue, Rail, Request};
 use credits::Credits;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -46,9 +62,8 @@ use tokio::io::AsyncReadExt;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, oneshot};
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use wire::{Kind, MESSAGE_HEADER, PART_HEADER};
+use wire::{Kind, PART_HEADER};
 
 /// Bytes that a SEND carries at most; longer messages take several, in order. A page: the heads of
 /// file data and metadata fit, and a link's slots stay small.
@@ -73,8 +88,10 @@ const SLOWEST: u64 = 1 << 20;
 enum Work {
     /// Carried inline.
     Nothing,
-    /// A slot of the slab. With a reply, what bounds replies in flight.
+    /// A slot of the slab.
     Slot(usize),
+    /// The key of a window that is being taken back.
+    Window(u32),
     Write {
         _from: Buf,
     },
@@ -102,6 +119,16 @@ struct State {
     posted: VecDeque<Posted>,
     unsignaled: u32,
     free: Vec<usize>,
+    /// Windows without a key now. They and `bound` go before the queue.
+    free_windows: Vec<MemoryWindow>,
+    /// Windows by the key that the peer was given.
+    bound: HashMap<u32, MemoryWindow>,
+    /// Keys given to the peer for each call of this side's.
+    calls: HashMap<u64, [Option<u32>; 2]>,
+    /// The peer's key for each of its calls with a payload, to be set free by the answer.
+    sources: HashMap<u64, u32>,
+    /// Whether the peer's keys are windows, which SENDs of this side's can set free.
+    invalidate_theirs: bool,
     /// Parts of messages: slot and length.
     arrived: VecDeque<(usize, usize)>,
     /// Probes that came while the link is being made; afterwards they are not allowed.
@@ -117,6 +144,8 @@ pub(crate) struct LinkWork {
     pub(crate) writes: AtomicU64,
     pub(crate) reads: AtomicU64,
     pub(crate) inline: AtomicU64,
+    pub(crate) binds: AtomicU64,
+    pub(crate) invalidations: AtomicU64,
     pub(crate) completions: AtomicU64,
     pub(crate) events: AtomicU64,
     /// SENDs that carried nothing but credits.
@@ -138,6 +167,10 @@ struct Shared {
     heads: Heads,
     stall: Duration,
     inline_limit: usize,
+    /// Peers are given keys of windows, good for one call.
+    windows: bool,
+    /// Both halves are gone.
+    gone: CancellationToken,
 }
 
 impl Shared {
@@ -167,7 +200,14 @@ impl Shared {
     }
 
     /// Posts a request if the send queue has room. `pieces` describe memory that `work` owns.
-    fn post(&self, state: &mut State, op: Op, local: Piece, work: Work, how: How) -> Result<(), LinkError> {
+    fn post(
+        &self,
+        state: &mut State,
+        op: Op,
+        local: Option<Piece>,
+        work: Work,
+        how: How,
+    ) -> Result<(), LinkError> {
         let id = state.next;
         let signaled = how.signaled || state.unsignaled + 1 >= SIGNAL_EVERY;
         let request = Request { id, op, signaled, inline: how.inline };
@@ -175,26 +215,65 @@ impl Shared {
             // SAFETY: the memory is owned by `work`, which stays in `posted` until the completion
             // of this or a later request was polled, or the queue destroyed (see `State`); or it
             // was copied while posting.
-            (None, Some(queue)) => unsafe { queue.post(&request, &[local])? },
+            (None, Some(queue)) => unsafe { queue.post(&request, local.as_slice())? },
             _ => return Err(self.ended(state)),
         }
-        state.next += 1;
-        state.unsignaled = if signaled { 0 } else { state.unsignaled + 1 };
+        let bytes = local.map_or(0, |p| p.length as usize);
         let counter = match op {
-            Op::Send => &self.work.sends,
+            Op::Send | Op::SendInvalidate(_) => &self.work.sends,
             Op::Write(_) | Op::WriteImm(..) => &self.work.writes,
             Op::Read(_) => &self.work.reads,
+            Op::Invalidate(_) => &self.work.invalidations,
         };
         counter.fetch_add(1, Ordering::Relaxed);
         self.work.inline.fetch_add(u64::from(how.inline), Ordering::Relaxed);
-        self.counters.add_sent(if matches!(op, Op::Read(_)) { 0 } else { local.length as usize });
-        state.posted.push_back(Posted { id, work, _permit: how.permit });
+        self.counters.add_sent(if matches!(op, Op::Read(_)) { 0 } else { bytes });
+        Self::posted(state, signaled, Posted { id, work, _permit: how.permit });
         Ok(())
+    }
+
+    /// Accounts for a request that the device has taken.
+    fn posted(state: &mut State, signaled: bool, posted: Posted) {
+        state.next += 1;
+        state.unsignaled = if signaled { 0 } else { state.unsignaled + 1 };
+        state.posted.push_back(posted);
+    }
+
+    /// What to tell the peer so that it can reach `window` for the time of `call`: the same with
+    /// the key of a window bound to it. There must be room for a request.
+    fn name(
+        &self,
+        state: &mut State,
+        call: u64,
+        window: Window,
+        access: WindowAccess,
+    ) -> Result<Window, LinkError> {
+        if !self.windows {
+            return Ok(window);
+        }
+        let mut memory = match state.free_windows.pop() {
+            Some(memory) => memory,
+            None => MemoryWindow::new(self.device())?,
+        };
+        let (id, signaled) = (state.next, state.unsignaled + 1 >= SIGNAL_EVERY);
+        let place = (window.address, u64::from(window.len), window.key);
+        let key = match (&state.over, &state.queue) {
+            // SAFETY: the connection owns the memory of a call in flight until its answer came,
+            // which `recv` hands out only once the window is free, or the queue was destroyed.
+            (None, Some(queue)) => unsafe { queue.bind(id, signaled, &mut memory, place, access)? },
+            _ => return Err(self.ended(state)),
+        };
+        self.work.binds.fetch_add(1, Ordering::Relaxed);
+        Self::posted(state, signaled, Posted { id, work: Work::Nothing, _permit: None });
+        state.bound.insert(key, memory);
+        state.calls.entry(call).or_default()[usize::from(access == WindowAccess::Write)] = Some(key);
+        Ok(Window { key, ..window })
     }
 
     /// Sends one part, inline if it is short enough. There must be room and, but for a probe, a
     /// credit must have been taken.
     fn send_part(&self, state: &mut State, kind: Kind, bytes: [&[u8]; 2], how: How) -> Result<(), LinkError> {
+        let op = how.invalidate.map_or(Op::Send, Op::SendInvalidate);
         let header = wire::part_header(kind, state.credits.grant());
         let pieces = [&header[..], bytes[0], bytes[1]];
         let len = pieces.iter().map(|p| p.len()).sum();
@@ -209,7 +288,8 @@ impl Shared {
             let mut short = [0; INLINE];
             copy(&mut short);
             let how = How { inline: true, ..how };
-            return self.post(state, Op::Send, piece(short.as_ptr(), len, 0), Work::Nothing, how);
+            let local = piece(short.as_ptr(), len, 0);
+            return self.post(state, op, Some(local), Work::Nothing, how);
         }
         let Some(slot) = state.free.pop() else {
             return Err(LinkError::Protocol("no slot to send from, although room was checked".into()));
@@ -217,12 +297,12 @@ impl Shared {
         // SAFETY: a free slot is not posted.
         copy(unsafe { state.slab.write(slot) });
         let local = state.slab.piece(slot, len);
-        self.post(state, Op::Send, local, Work::Slot(slot), how)
+        self.post(state, op, Some(local), Work::Slot(slot), how)
     }
 
-    /// Whether another request may be posted, of which one slot may be needed.
-    fn has_room(state: &State) -> bool {
-        state.posted.len() < SENDS - GRANT_SENDS && !state.free.is_empty()
+    /// Whether `requests` may be posted, of which one may need a slot.
+    fn has_room(state: &State, requests: usize) -> bool {
+        state.posted.len() + requests <= SENDS - GRANT_SENDS && !state.free.is_empty()
     }
 
     /// Gives receive slot `index` to the device (again).
@@ -277,12 +357,17 @@ impl Shared {
 
     fn completed(&self, state: &mut State, completion: &Completion) -> Result<(), LinkError> {
         let id = completion.id;
+        // A key that is no window's of ours was refused by the device already.
+        if let Some(window) = completion.invalidated.and_then(|key| state.bound.remove(&key)) {
+            state.free_windows.push(window);
+        }
         match completion.result {
             Err(error) => {
                 let what = match state.posted.iter().find(|p| p.id == id).map(|p| &p.work) {
                     Some(Work::Read { .. }) => "READ",
                     Some(Work::Write { .. }) => "WRITE",
                     Some(Work::Slot(_) | Work::Nothing) => "SEND",
+                    Some(Work::Window(_)) => "taking back a memory window",
                     None => "receiving",
                 };
                 Err(LinkError::Work { device: self.rail.name(), what, error })
@@ -300,6 +385,11 @@ impl Shared {
                             self.counters.add_received(into.len());
                             // The puller may be gone; the buffer goes back to its pool then.
                             let _ = done.send(into);
+                        }
+                        Work::Window(key) => {
+                            if let Some(window) = state.bound.remove(&key) {
+                                state.free_windows.push(window);
+                            }
                         }
                         Work::Nothing | Work::Write { .. } => {}
                     }
@@ -340,17 +430,57 @@ impl Shared {
         self.grant(state)
     }
 
+    /// Takes back the rights that the peer was given for `call`, whose answer came: when this
+    /// returns, no key reaches the call's memory any more.
+    async fn end_call(&self, call: u64) -> Result<(), LinkError> {
+        let keys = self.lock().calls.remove(&call).into_iter().flatten().flatten();
+        for key in keys {
+            let mut asked = false;
+            loop {
+                let room = self.room.notified();
+                tokio::pin!(room);
+                room.as_mut().enable();
+                {
+                    let mut state = self.lock();
+                    if !state.bound.contains_key(&key) {
+                        break;
+                    }
+                    if state.over.is_some() {
+                        return Err(self.ended(&state));
+                    }
+                    if !asked && Self::has_room(&state, 1) {
+                        let how = How { signaled: true, ..How::default() };
+                        self.post(&mut state, Op::Invalidate(key), None, Work::Window(key), how)?;
+                        asked = true;
+                    }
+                }
+                tokio::select! {
+                    () = room => {}
+                    () = self.stop.cancelled() => {}
+                    () = tokio::time::sleep(self.stall) => self.end(LinkError::Stalled(self.stall)),
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn drop_half(&self) {
-        let queue = {
+        let last = {
             let mut state = self.lock();
             state.halves -= 1;
-            (state.halves == 0).then(|| state.queue.take()).flatten()
+            (state.halves == 0).then(|| {
+                let windows = (std::mem::take(&mut state.bound), std::mem::take(&mut state.free_windows));
+                (windows, state.queue.take())
+            })
         };
-        if let Some(queue) = queue {
+        if let Some((windows, queue)) = last {
             self.stop.cancel();
+            // In this order; see `MemoryWindow`.
+            drop(windows);
             drop(queue);
             // Now no device touches any of it.
             self.lock().posted.clear();
+            self.gone.cancel();
         }
     }
 }
@@ -362,6 +492,8 @@ struct How {
     inline: bool,
     /// Held until it has completed.
     permit: Option<Permit>,
+    /// The peer's window that a SEND sets free.
+    invalidate: Option<u32>,
 }
 
 /// Moves completions until the link ends, and watches all that can end it.
@@ -385,10 +517,16 @@ async fn pump(shared: Arc<Shared>, events: AsyncFd<OwnedFd>, mut side: TcpStream
             })),
             () = pulse.due() => pulse.check(side.as_fd()),
             reason = shared.rail.until_down() => Err(shared.device_says("carrying the connection", reason)),
-            () = shared.stop.cancelled() => return,
+            () = shared.stop.cancelled() => {
+                shared.gone.cancelled().await;
+                return;
+            }
         };
         if let Err(e) = pumped {
             shared.end(e);
+            // The peer's device is telling it the same in its own words; the end of this connection
+            // would overtake them.
+            shared.gone.cancelled().await;
             return;
         }
     }
@@ -400,240 +538,6 @@ struct Half(Arc<Shared>);
 impl Drop for Half {
     fn drop(&mut self) {
         self.0.drop_half();
-    }
-}
-
-struct Memory(Arc<Device>);
-
-impl Register for Memory {
-    fn window(&self, buf: &mut BufMut) -> Result<Option<Window>, LinkError> {
-        let keys = self.0.keys_of_mut(buf)?;
-        let len = u32::try_from(buf.capacity()).unwrap_or(u32::MAX);
-        Ok(Some(Window { address: buf.as_ptr() as u64, key: keys.remote, len }))
-    }
-}
-
-/// Sends on a queue pair.
-pub(crate) struct VerbsTx {
-    half: Half,
-    /// Bytes of the first message that are already sent, and whether its payload was pushed.
-    begun: usize,
-    pushed: bool,
-}
-
-impl VerbsTx {
-    /// Sends what there is room for of the first message; says whether that was all of it.
-    fn step(&mut self, batch: &mut VecDeque<Outgoing>) -> Result<bool, LinkError> {
-        let Some(message) = batch.front_mut() else { return Ok(true) };
-        let shared = &self.half.0;
-        let request = message.header.kind == FrameKind::Request;
-        let payload = message.payload.as_ref().filter(|p| !p.is_empty());
-        // Outside of the lock: the first use of a block registers it.
-        let keys = payload.map(|p| shared.device().keys_of(p)).transpose()?;
-        let payload = payload.zip(keys);
-        let mut state = shared.lock();
-        if state.over.is_some() {
-            return Err(shared.ended(&state));
-        }
-        if let (false, false, Some((payload, keys))) = (request, self.pushed, payload) {
-            // A reply's payload goes into the caller's window. The SEND that follows on the same
-            // queue pair arrives after it.
-            let Some(window) = message.window.filter(|w| w.len as usize >= payload.len()) else {
-                return Err(LinkError::Protocol("a reply's payload without a window that takes it".into()));
-            };
-            if !Shared::has_room(&state) {
-                return Ok(false);
-            }
-            let into = Remote { address: window.address, key: window.key };
-            let local = piece(payload.as_ptr(), payload.len(), keys.local);
-            let work = Work::Write { _from: payload.clone() };
-            shared.post(&mut state, Op::Write(into), local, work, How::default())?;
-            self.pushed = true;
-        }
-        let source = payload.filter(|_| request).map(|(payload, keys)| Window {
-            address: payload.as_ptr() as u64,
-            key: keys.remote,
-            len: payload.len() as u32,
-        });
-        // A reply's window is the peer's own business already.
-        let start = wire::message_header(&message.header, source, message.window.filter(|_| request));
-        let total = MESSAGE_HEADER + message.head.len();
-        while self.begun < total {
-            if !Shared::has_room(&state) || !state.credits.take() {
-                return Ok(false);
-            }
-            let len = (total - self.begun).min(SLOT - PART_HEADER);
-            let end = self.begun + len;
-            let first = &start[self.begun.min(MESSAGE_HEADER)..end.min(MESSAGE_HEADER)];
-            let second =
-                &message.head[self.begun.saturating_sub(MESSAGE_HEADER)..end.saturating_sub(MESSAGE_HEADER)];
-            let last = end == total;
-            let permit = if last { message.permit.take() } else { None };
-            let how = How { signaled: last && !request, inline: false, permit };
-            shared.send_part(&mut state, Kind::Part, [first, second], how)?;
-            self.begun = end;
-        }
-        drop(state);
-        // The peer's READ moves it.
-        shared.counters.add_sent(source.map_or(0, |w| w.len as usize));
-        (self.begun, self.pushed) = (0, false);
-        batch.pop_front();
-        Ok(true)
-    }
-}
-
-impl LinkTx for VerbsTx {
-    const NAME: &'static str = "rdma";
-
-    fn device(&self) -> Option<String> {
-        Some(self.half.0.rail.name())
-    }
-
-    fn register(&self) -> Arc<dyn Register> {
-        Arc::new(Memory(self.half.0.device().clone()))
-    }
-
-    fn try_send(&mut self, batch: &mut VecDeque<Outgoing>) -> Result<(), LinkError> {
-        while !batch.is_empty() && self.step(batch)? {}
-        Ok(())
-    }
-
-    async fn send(&mut self, batch: &mut VecDeque<Outgoing>) -> Result<(), LinkError> {
-        let shared = self.half.0.clone();
-        while !batch.is_empty() {
-            let room = shared.room.notified();
-            tokio::pin!(room);
-            // Before looking, so that what comes free meanwhile is not missed.
-            room.as_mut().enable();
-            if self.step(batch)? {
-                continue;
-            }
-            shared.work.waits.fetch_add(1, Ordering::Relaxed);
-            tokio::select! {
-                () = room => {}
-                () = shared.stop.cancelled() => {}
-                () = tokio::time::sleep(shared.stall) => {
-                    // Neither a credit nor a completion: the peer or the path is stuck.
-                    shared.end(LinkError::Stalled(shared.stall));
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Receives from a queue pair.
-pub(crate) struct VerbsRx {
-    half: Half,
-}
-
-impl VerbsRx {
-    /// The bytes of the next part; its slot goes back to the device.
-    async fn part(&mut self, out: &mut Vec<u8>) -> Result<(), LinkError> {
-        let shared = &self.half.0;
-        loop {
-            {
-                let mut state = shared.lock();
-                if let Some((index, len)) = state.arrived.pop_front() {
-                    // SAFETY: it arrived, and is posted again only below.
-                    out.extend_from_slice(unsafe { &state.slab.read(index, len)[PART_HEADER..] });
-                    return shared.give_back(&mut state, index);
-                }
-                if state.over.is_some() {
-                    return Err(shared.ended(&state));
-                }
-            }
-            tokio::select! {
-                biased;
-                () = shared.arrival.notified() => {}
-                () = shared.stop.cancelled() => {}
-            }
-        }
-    }
-}
-
-impl LinkRx for VerbsRx {
-    fn is_ahead(&self) -> bool {
-        !self.half.0.lock().arrived.is_empty()
-    }
-
-    async fn recv(&mut self) -> Result<Incoming, LinkError> {
-        let mut bytes = Vec::new();
-        self.part(&mut bytes).await?;
-        let (header, source, window) = wire::decode_message(&bytes)?;
-        let head_len = header.head_len as usize;
-        let total = MESSAGE_HEADER + head_len;
-        let mut room = HeadRoom::default();
-        if head_len > 0 {
-            // What the peer sends meanwhile stays in the slots, of which there are few.
-            room = self.half.0.heads.take(head_len).await;
-            bytes.reserve_exact(total.saturating_sub(bytes.len()));
-        }
-        while bytes.len() < total {
-            self.part(&mut bytes).await?;
-        }
-        if bytes.len() != total {
-            return Err(LinkError::Protocol("a message is longer than its header says".into()));
-        }
-        let head = Bytes::from(bytes).slice(MESSAGE_HEADER..);
-        Ok(Incoming { header, head, source, window, room })
-    }
-
-    async fn pull(&mut self, from: &Incoming, into: BufMut) -> Result<BufMut, LinkError> {
-        let shared = self.half.0.clone();
-        let Some(source) = from.source.filter(|w| w.len as usize == into.len()) else {
-            return Err(LinkError::Protocol("nothing to pull".into()));
-        };
-        let len = into.len();
-        let local = piece(into.as_ptr(), len, shared.device().keys_of_mut(&into)?.local);
-        let patience = shared.stall + Duration::from_micros(len as u64 * 1_000_000 / SLOWEST);
-        let deadline = Instant::now() + patience;
-        let stalled = || {
-            shared.end(LinkError::Stalled(patience));
-            shared.ended(&shared.lock())
-        };
-        let (done, mut pulled) = oneshot::channel();
-        let mut work = Some(Work::Read { into, done });
-        while let Some(mine) = work.take() {
-            let room = shared.room.notified();
-            tokio::pin!(room);
-            room.as_mut().enable();
-            {
-                let mut state = shared.lock();
-                if state.over.is_some() {
-                    return Err(shared.ended(&state));
-                }
-                if Shared::has_room(&state) {
-                    let from = Op::Read(Remote { address: source.address, key: source.key });
-                    let how = How { signaled: true, ..How::default() };
-                    shared.post(&mut state, from, local, mine, how)?;
-                    break;
-                }
-            }
-            work = Some(mine);
-            tokio::select! {
-                () = room => {}
-                () = shared.stop.cancelled() => {}
-                () = tokio::time::sleep_until(deadline) => return Err(stalled()),
-            }
-        }
-        tokio::select! {
-            biased;
-            got = &mut pulled => got.map_err(|_| shared.ended(&shared.lock())),
-            () = shared.stop.cancelled() => Err(shared.ended(&shared.lock())),
-            () = tokio::time::sleep_until(deadline) => Err(stalled()),
-        }
-    }
-
-    async fn land(&mut self, _reply: &Incoming, into: &mut BufMut) -> Result<(), LinkError> {
-        // The WRITE came before the SEND on the same queue pair (RC ordering).
-        self.half.0.counters.add_received(into.len());
-        Ok(())
-    }
-
-    async fn skip(&mut self, _from: &Incoming) -> Result<(), LinkError> {
-        // What is not read was never moved.
-        Ok(())
     }
 }
 

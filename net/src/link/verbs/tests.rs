@@ -1,18 +1,30 @@
 //! Run inside the virtual machine of `tests/rdma-vm`, which has two Soft-RoCE devices on a veth
 //! pair. `FIREFLY_RDMA_DEVICES` names two devices that reach each other, such as "rxe0,rxe1".
 
+use super::wire::MESSAGE_HEADER;
 use super::*;
 use crate::buf::BufPool;
 use crate::link::contract::link_contract;
-use crate::rpc::frame::Header;
+use crate::link::{LinkRx, LinkTx, Outgoing};
+use crate::rpc::frame::{FrameKind, Header};
 use crate::rpc::tests::rpc_contract;
 use crate::verbs::negotiate::Place;
+use bytes::Bytes;
 use tokio::net::TcpListener;
 
 fn rails() -> (Arc<Rail>, Arc<Rail>) {
+    rails_with(|name| Device::open(name).unwrap())
+}
+
+/// Rails of devices that peers reach by keys of whole blocks.
+fn rails_without_windows() -> (Arc<Rail>, Arc<Rail>) {
+    rails_with(|name| Device::open_without_windows(name).unwrap())
+}
+
+fn rails_with(open: fn(&str) -> Arc<Device>) -> (Arc<Rail>, Arc<Rail>) {
     let names = std::env::var("FIREFLY_RDMA_DEVICES").expect("FIREFLY_RDMA_DEVICES names two devices");
     let (a, b) = names.split_once(',').expect("two names with a comma between");
-    let rail = |name| Rail::new(&Device::open(name).unwrap(), 1);
+    let rail = |name| Rail::new(&open(name), 1);
     (rail(a), rail(b))
 }
 
@@ -71,6 +83,19 @@ async fn verbs_carry_rpc() {
     assert_eq!(steps, 55);
 }
 
+/// The same where a device has no memory windows, on either side or both.
+#[tokio::test]
+#[ignore = "needs RDMA devices: tests/rdma-vm/run.sh"]
+async fn verbs_without_windows_keep_the_contracts() {
+    let (client, server) = pair_of(rails_without_windows()).await;
+    assert_eq!(link_contract(client, server).await, 24);
+    let (with, without) = (rails(), rails_without_windows());
+    for rails in [(with.0.clone(), without.1.clone()), (without.0, with.1)] {
+        let (client, server) = pair_of(rails).await;
+        assert_eq!(rpc_contract(client, server).await, 55);
+    }
+}
+
 #[tokio::test]
 #[ignore = "needs RDMA devices: tests/rdma-vm/run.sh"]
 async fn a_block_is_registered_once() {
@@ -124,10 +149,10 @@ async fn a_cancelled_pull_leaves_its_buffer_with_the_link() {
 #[tokio::test]
 #[ignore = "needs RDMA devices: tests/rdma-vm/run.sh"]
 async fn a_window_that_is_not_the_peers_is_refused_by_the_device() {
+    let pool = BufPool::new(1 << 20);
     let (client, server) = pair().await;
     let (mut ct, mut cr) = client;
     let (_st, mut sr) = server;
-    let pool = BufPool::new(1 << 20);
     let payload = pool.try_alloc(4096).unwrap().freeze();
     let header = Header {
         kind: FrameKind::Request,
@@ -157,4 +182,342 @@ async fn a_window_that_is_not_the_peers_is_refused_by_the_device() {
 fn an_unknown_device_is_a_precise_error() {
     let error = Device::open("nosuch0").err().unwrap().to_string();
     assert!(error.starts_with("nosuch0: "), "{error}");
+}
+
+fn request(call: u64, payload: Option<Buf>, window: Option<Window>) -> Outgoing {
+    let payload_len = payload.as_ref().map_or(0, |p| p.len()) as u32;
+    let header =
+        Header { kind: FrameKind::Request, call, method: 1, head_len: 4, payload_len, aux: 0, ask: false };
+    Outgoing { header, head: Bytes::from_static(b"head"), payload, window, permit: None }
+}
+
+fn reply(call: u64, payload: Option<Buf>, window: Option<Window>) -> Outgoing {
+    let payload_len = payload.as_ref().map_or(0, |p| p.len()) as u32;
+    let header =
+        Header { kind: FrameKind::Reply, call, method: 0, head_len: 4, payload_len, aux: 0, ask: false };
+    Outgoing { header, head: Bytes::from_static(b"head"), payload, window, permit: None }
+}
+
+/// What a link has done so far: SENDs, WRITEs, READs, windows bound and taken back, completions,
+/// grants that travelled alone.
+fn work(shared: &Shared) -> [u64; 7] {
+    let w = &shared.work;
+    [&w.sends, &w.writes, &w.reads, &w.binds, &w.invalidations, &w.completions, &w.grants]
+        .map(|n| n.load(Ordering::Relaxed))
+}
+
+fn less(now: [u64; 7], before: [u64; 7]) -> [u64; 7] {
+    std::array::from_fn(|i| now[i] - before[i])
+}
+
+/// The table in the module's documentation, by the link's and the device's counters.
+#[tokio::test]
+#[ignore = "needs RDMA devices: tests/rdma-vm/run.sh"]
+async fn each_call_costs_what_is_documented() {
+    let options = (LinkOptions::of_tests(), LinkOptions::of_tests());
+    let copied = [options.0.counters.clone(), options.1.counters.clone()];
+    let rails = rails();
+    let (ours, theirs) = (BufPool::new(8 << 20), BufPool::new(8 << 20));
+    let (client, server) = pair_with(rails.clone(), options).await;
+    let ((mut ct, mut cr), (mut st, mut sr)) = (client, server);
+    let (a, b) = (ct.half.0.clone(), st.half.0.clone());
+    let memory = ct.register();
+    // One in 16 requests asks for its completion: as many calls as make whole numbers.
+    const CALLS: u64 = 4 * SIGNAL_EVERY as u64;
+    let mib = || 1usize << 20;
+    let full = |pool: &BufPool| pool.try_alloc(mib()).unwrap();
+    // SENDs, WRITEs, READs, windows bound, windows taken back by a request of their own; and the
+    // completions beside those that are asked for now and then.
+    for (what, client_posts, server_posts, completions) in [
+        ("without payload", [1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 2]),
+        ("write 1 MiB", [1, 0, 0, 1, 0], [1, 0, 1, 0, 0], [1, 3]),
+        ("read 1 MiB", [1, 0, 0, 1, 0], [1, 1, 0, 0, 0], [1, 2]),
+    ] {
+        let mut before = [[0; 7]; 2];
+        let mut registered = [0; 2];
+        let mut sent = [0; 2];
+        let mut events = 0;
+        // The first call of each kind registers its buffers; the others are the steady state.
+        for call in 0..=CALLS {
+            if call == 1 {
+                // All completions of before are in: the last one is the server's, of its reply.
+                settle(&[&a, &b]).await;
+                before = [work(&a), work(&b)];
+                registered =
+                    [&rails.0, &rails.1].map(|r| r.device.counters.registrations.load(Ordering::Relaxed));
+                sent = [&copied[0], &copied[1]].map(|c| c.sent.load(Ordering::Relaxed));
+                events = a.work.events.load(Ordering::Relaxed) + b.work.events.load(Ordering::Relaxed);
+            }
+            let mut landing = (what == "read 1 MiB").then(|| full(&ours));
+            let window = landing.as_mut().and_then(|l| memory.window(l).unwrap());
+            let payload = (what == "write 1 MiB").then(|| full(&ours).freeze());
+            ct.send(&mut VecDeque::from([request(call, payload, window)])).await.unwrap();
+            let got = sr.recv().await.unwrap();
+            if what == "write 1 MiB" {
+                sr.pull(&got, full(&theirs)).await.unwrap();
+            }
+            let payload = (what == "read 1 MiB").then(|| full(&theirs).freeze());
+            st.send(&mut VecDeque::from([reply(call, payload, got.window)])).await.unwrap();
+            let got = cr.recv().await.unwrap();
+            if let Some(landing) = &mut landing {
+                cr.land(&got, landing).await.unwrap();
+            }
+            // The reply's buffer is free again, so that the next call takes the same.
+            settle(&[&a, &b]).await;
+        }
+        settle(&[&a, &b]).await;
+        let now_and_then = client_posts.iter().sum::<u64>() * CALLS / u64::from(SIGNAL_EVERY);
+        for (side, shared, posts, completions) in [
+            ("client", &a, client_posts, completions[0] * CALLS + now_and_then),
+            ("server", &b, server_posts, completions[1] * CALLS),
+        ] {
+            let at = usize::from(side == "server");
+            let [posted @ .., done, grants] = less(work(shared), before[at]);
+            println!("{what}, {side}, {CALLS} calls: {posted:?}, {done} completions");
+            assert_eq!(posted, posts.map(|n| n * CALLS), "{what} {side}");
+            assert_eq!((done, grants), (completions, 0), "{what} {side}");
+        }
+        let after = [&rails.0, &rails.1].map(|r| r.device.counters.registrations.load(Ordering::Relaxed));
+        assert_eq!(after, registered, "{what}: nothing is registered in steady state");
+        let now = a.work.events.load(Ordering::Relaxed) + b.work.events.load(Ordering::Relaxed);
+        // An event may tell of several completions, never of none.
+        assert!(now - events <= (completions[0] + completions[1] + 1) * CALLS + now_and_then, "{what}");
+        let bytes: Vec<u64> =
+            copied.iter().zip(sent).map(|(c, n)| (c.sent.load(Ordering::Relaxed) - n) / CALLS).collect();
+        let mib = mib() as u64;
+        let payload = [mib * u64::from(what == "write 1 MiB"), mib * u64::from(what == "read 1 MiB")];
+        // Header, windows and head of a message, and 8 bytes for its SEND.
+        let message = (PART_HEADER + MESSAGE_HEADER + 4) as u64;
+        assert_eq!(bytes, [message + payload[0], message + payload[1]], "{what}");
+    }
+    for counters in copied {
+        assert_eq!(counters.copied.load(Ordering::Relaxed), 0, "no payload byte is copied");
+    }
+}
+
+/// Waits until no signaled request is in flight and no completion waits.
+async fn settle(links: &[&Arc<Shared>]) {
+    let quiet = |shared: &Arc<Shared>| {
+        let state = shared.lock();
+        state.posted.len() == state.unsignaled as usize
+    };
+    crate::rpc::tests::until("the links are quiet", || links.iter().all(|l| quiet(l))).await;
+}
+
+/// A peer that does not read holds its sender at the credits it gave: nothing is sent that finds no
+/// receive, nothing is lost, and the sender gives up after the stall time.
+#[tokio::test]
+#[ignore = "needs RDMA devices: tests/rdma-vm/run.sh"]
+async fn a_sender_without_credits_waits_and_then_gives_up() {
+    let (client, server) = pair().await;
+    let ((mut ct, _cr), (_st, mut sr)) = (client, server);
+    let shared = ct.half.0.clone();
+    let mut batch: VecDeque<Outgoing> = (0..500).map(|call| request(call, None, None)).collect();
+    let before = work(&shared);
+    ct.try_send(&mut batch).unwrap();
+    assert_eq!(less(work(&shared), before)[0], RECEIVES as u64 - 1, "all credits but the one for a grant");
+    assert_eq!(batch.len(), 500 - (RECEIVES - 1));
+    // The peer reads: all arrive, in order, and grants travel alone because nothing goes back.
+    let receive = async {
+        for call in 0..500 {
+            assert_eq!(sr.recv().await.unwrap().header.call, call);
+        }
+    };
+    let (sent, ()) = tokio::join!(ct.send(&mut batch), receive);
+    sent.unwrap();
+    assert!(batch.is_empty());
+    assert!(shared.work.waits.load(Ordering::Relaxed) > 0 && work(&_st.half.0)[6] > 5);
+
+    // And one that never reads again.
+    let short = LinkOptions { stall: Duration::from_millis(300), ..LinkOptions::of_tests() };
+    let (client, _server) = pair_with(rails(), (short, LinkOptions::of_tests())).await;
+    let (mut ct, mut cr) = client;
+    let mut batch: VecDeque<Outgoing> = (0..500).map(|call| request(call, None, None)).collect();
+    let error = ct.send(&mut batch).await.unwrap_err();
+    assert!(matches!(error, LinkError::Stalled(_)) || matches!(error, LinkError::Over(_)), "{error}");
+    assert!(error.to_string().contains("moved no byte"), "{error}");
+    assert!(cr.recv().await.is_err(), "both halves know");
+}
+
+/// The control: without credits a sender meets a peer without receives, and that is an error of its
+/// own on both sides. Nobody relies on the device's retries.
+#[tokio::test]
+#[ignore = "needs RDMA devices: tests/rdma-vm/run.sh"]
+async fn a_sender_that_ignores_credits_is_refused_by_the_device() {
+    let (client, server) = pair().await;
+    let ((mut ct, mut cr), (_st, mut sr)) = (client, server);
+    ct.half.0.lock().credits.ignore();
+    let mut batch: VecDeque<Outgoing> =
+        (0..RECEIVES as u64 + 1).map(|call| request(call, None, None)).collect();
+    ct.try_send(&mut batch).unwrap();
+    assert!(batch.is_empty());
+    let error = tokio::time::timeout(Duration::from_secs(60), cr.recv()).await.unwrap().unwrap_err();
+    println!("{error}");
+    assert!(error.to_string().contains("SEND failed: the peer had no receive posted"), "{error}");
+    drop((ct, cr));
+    // What had arrived is still handed out, then the end.
+    let mut got = 0;
+    while sr.recv().await.is_ok() {
+        got += 1;
+    }
+    assert_eq!(got, RECEIVES);
+}
+
+/// A grant that cannot be, and a SEND that is none of ours.
+#[tokio::test]
+#[ignore = "needs RDMA devices: tests/rdma-vm/run.sh"]
+async fn a_peer_that_breaks_the_messages_rules_is_given_up() {
+    for (bytes, reason) in [
+        ([wire::part_header(Kind::Grant, 100_000)].concat(), "a grant of 100000 receives"),
+        (vec![9; 20], "a SEND of kind 9"),
+        ([&wire::part_header(Kind::Probe, 64)[..], &[0; 8]].concat(), "a probe on a link that is in use"),
+        ([&wire::part_header(Kind::Part, 64)[..], &[0; 3]].concat(), "a message of 3 bytes"),
+    ] {
+        let (client, server) = pair().await;
+        let ((ct, _cr), (_st, mut sr)) = (client, server);
+        let shared = ct.half.0.clone();
+        let local = piece(bytes.as_ptr(), bytes.len(), 0);
+        let how = How { inline: true, signaled: true, ..How::default() };
+        shared.post(&mut shared.lock(), Op::Send, Some(local), Work::Nothing, how).unwrap();
+        let error = sr.recv().await.unwrap_err().to_string();
+        assert!(error.contains(reason), "{reason}: {error}");
+    }
+}
+
+/// Packets are marked as the options say; the device tells. Soft-RoCE keeps no service level, which
+/// only InfiniBand has (`verbs::queue` tests that it is asked for).
+#[tokio::test]
+#[ignore = "needs RDMA devices: tests/rdma-vm/run.sh"]
+async fn queue_pairs_carry_their_class() {
+    let class = |traffic_class| crate::fabric::Class { service_level: 3, traffic_class };
+    let options = |tc| LinkOptions { class: class(tc), ..LinkOptions::of_tests() };
+    let (client, server) = pair_with(rails(), (options(104), options(0))).await;
+    for (link, expected) in [(&client.0, 104), (&server.0, 0)] {
+        let state = link.half.0.lock();
+        assert_eq!(state.queue.as_ref().unwrap().class().unwrap().traffic_class, expected);
+    }
+}
+
+/// Random messages both ways at once over a path that may lose packets: all arrive as they were.
+#[tokio::test]
+#[ignore = "needs RDMA devices: tests/rdma-vm/run.sh"]
+async fn random_messages_cross_both_ways() {
+    use rand::{RngExt, SeedableRng};
+    let seed: u64 = rand::rng().random();
+    println!("seed {seed}");
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    let (client, server) = pair().await;
+    let ((mut ct, mut cr), (mut st, mut sr)) = (client, server);
+    let mut heads = || -> Vec<Bytes> {
+        (0..300)
+            .map(|_| {
+                let len =
+                    if rng.random_bool(0.8) { rng.random_range(0..600) } else { rng.random_range(0..30_000) };
+                Bytes::from(vec![rng.random::<u8>(); len])
+            })
+            .collect()
+    };
+    let (there, back) = (heads(), heads());
+    let batch = |heads: &[Bytes]| -> VecDeque<Outgoing> {
+        let one = |head: &Bytes| {
+            let mut message = request(7, None, None);
+            message.header.head_len = head.len() as u32;
+            message.head = head.clone();
+            message
+        };
+        heads.iter().map(one).collect()
+    };
+    let (mut out, mut home) = (batch(&there), batch(&back));
+    let receive = async |rx: &mut VerbsRx, heads: &[Bytes]| {
+        for head in heads {
+            assert!(rx.recv().await.unwrap().head == *head);
+        }
+    };
+    let (a, b, (), ()) = tokio::join!(
+        ct.send(&mut out),
+        st.send(&mut home),
+        receive(&mut sr, &there),
+        receive(&mut cr, &back)
+    );
+    a.unwrap();
+    b.unwrap();
+}
+
+/// The right to a buffer ends with its call: what the peer's device does with an old key is refused
+/// and changes nothing. The control: with keys of whole blocks, the same late WRITE lands in memory
+/// that belongs to somebody else by then.
+#[tokio::test]
+#[ignore = "needs RDMA devices: tests/rdma-vm/run.sh"]
+async fn a_right_ends_with_its_call() {
+    for windows in [true, false] {
+        let rails = if windows { rails() } else { rails_without_windows() };
+        let (ours, theirs) = (BufPool::new(4096), BufPool::new(1 << 20));
+        let (client, server) = pair_of(rails).await;
+        let ((mut ct, mut cr), (mut st, mut sr)) = (client, server);
+        let mut landing = ours.try_alloc(4096).unwrap();
+        let window = ct.register().window(&mut landing).unwrap();
+        ct.send(&mut VecDeque::from([request(1, None, window)])).await.unwrap();
+        let asked = sr.recv().await.unwrap();
+        let data = |byte| {
+            let mut data = theirs.try_alloc(4096).unwrap();
+            data.fill(byte);
+            data.freeze()
+        };
+        st.send(&mut VecDeque::from([reply(1, Some(data(1)), asked.window)])).await.unwrap();
+        let got = cr.recv().await.unwrap();
+        cr.land(&got, &mut landing).await.unwrap();
+        assert!(landing.iter().all(|b| *b == 1));
+        // The call is over; the memory is given to somebody else.
+        let address = landing.as_ptr();
+        drop(landing);
+        let mut mine = ours.try_alloc(4096).unwrap();
+        assert_eq!(mine.as_ptr(), address);
+        mine.fill(7);
+        // A second answer to the same call, as only a faulty peer sends it.
+        st.send(&mut VecDeque::from([reply(1, Some(data(0xEE)), asked.window)])).await.unwrap();
+        if windows {
+            let error = tokio::time::timeout(Duration::from_secs(60), sr.recv()).await.unwrap().unwrap_err();
+            println!("{error}");
+            assert!(error.to_string().contains("WRITE failed: the peer's device refused access"), "{error}");
+            assert!(mine.iter().all(|b| *b == 7), "the new owner's bytes are as they were");
+        } else {
+            cr.recv().await.unwrap();
+            // SAFETY: the device wrote behind the back of `mine`, which is what is shown here; a
+            // volatile read of memory that is alive.
+            let byte = unsafe { std::ptr::read_volatile(address) };
+            assert_eq!(byte, 0xEE);
+        }
+    }
+}
+
+/// A call with payloads both ways gives two rights; the answer takes back one, this side the other,
+/// before the caller has its memory again.
+#[tokio::test]
+#[ignore = "needs RDMA devices: tests/rdma-vm/run.sh"]
+async fn both_rights_of_a_call_are_taken_back() {
+    let (ours, theirs) = (BufPool::new(8 << 20), BufPool::new(8 << 20));
+    let (client, server) = pair().await;
+    let ((mut ct, mut cr), (mut st, mut sr)) = (client, server);
+    let (a, b) = (ct.half.0.clone(), st.half.0.clone());
+    let before = work(&a);
+    for call in 0..40 {
+        let mut landing = ours.try_alloc(70_000).unwrap();
+        let window = ct.register().window(&mut landing).unwrap();
+        let payload = ours.try_alloc(70_000).unwrap().freeze();
+        ct.send(&mut VecDeque::from([request(call, Some(payload), window)])).await.unwrap();
+        assert_eq!(a.lock().bound.len(), 2);
+        let got = sr.recv().await.unwrap();
+        let pulled = sr.pull(&got, theirs.try_alloc(70_000).unwrap()).await.unwrap();
+        st.send(&mut VecDeque::from([reply(call, Some(pulled.freeze()), got.window)])).await.unwrap();
+        let got = cr.recv().await.unwrap();
+        let windows = {
+            let state = a.lock();
+            (state.bound.len(), state.calls.len(), state.free_windows.len())
+        };
+        assert_eq!(windows, (0, 0, 2));
+        cr.land(&got, &mut landing).await.unwrap();
+    }
+    let [sends, _, _, binds, invalidations, ..] = less(work(&a), before);
+    assert_eq!((sends, binds, invalidations), (40, 80, 40));
+    assert!(b.lock().sources.is_empty());
 }
