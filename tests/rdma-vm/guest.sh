@@ -5,6 +5,7 @@
 # folder), IP, TC and RDMA (iproute2's commands: by their plain names the shell would run busybox's
 # own applets, which know less), and in PATH the test binaries and ff; its working folder is empty.
 NODE=$(sed -n 's/.*node=\([0-9]*\).*/\1/p' /proc/cmdline)
+echo >"/share/sync/booted-$NODE"
 mkdir -p /run/bin
 # From memory: every page of a program would be fetched through the shared folder.
 cp /share/bin/* /run/bin/ 2>/dev/null

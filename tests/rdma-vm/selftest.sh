@@ -22,4 +22,10 @@ expect vanishes FAILED 'reported no result'
 expect half FAILED 'exit code 3 machine 2 reported no result'
 expect two ok '2 tests'
 grep -q 'test it_fails ... FAILED' "$log" || bad "the failed test's name is not shown"
+# A kernel that finds nothing to run: tried again, and no success.
+code=0
+RDMA_VM_APPEND=rdinit=/nothing RDMA_VM_SCENARIOS=$here/selftest "$here/run.sh" passes >"$log" 2>&1 || code=$?
+[ "$code" = 1 ] || bad "exit code $code, not 1, where no machine boots"
+[ "$(grep -c 'machine 1 did not boot' "$log")" = 3 ] || bad "three boots were not tried"
+expect passes FAILED 'reported no result'
 printf 'rdma-vm: the harness notices failures, hangs, silence and dead machines\n'

@@ -2,7 +2,6 @@
 #: topology veth
 #: needs reduce
 #: limit 400
-#: fast
 export FIREFLY_RDMA_DEVICES=rxe0,rxe1
 run() { "$@" --include-ignored --test-threads=1 --show-output; }
 run reduce-rdma $TEST_FILTER
