@@ -1,7 +1,7 @@
 //! `ff`: the command line of Firefly.
 
 use clap::{CommandFactory, Parser, Subcommand};
-use firefly_cli::cmd::{fs, job, node, quickstart, run, status, up};
+use firefly_cli::cmd::{fs, job, node, quickstart, reduce, run, status, up};
 use firefly_cli::context::{Global, Usage};
 use firefly_cli::{native_train, serve};
 use std::process::ExitCode;
@@ -35,6 +35,9 @@ enum Command {
     /// See the compute nodes, and keep jobs off them
     #[command(subcommand)]
     Node(node::NodeCommand),
+    /// Measure collectives between ranks
+    #[command(subcommand)]
+    Reduce(reduce::ReduceCommand),
     /// Print shell completion; load it with, for example, `source <(ff completion bash)`
     Completion {
         /// Which shell
@@ -81,6 +84,17 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             native_train::run(&args)?;
             Ok(ExitCode::SUCCESS)
         }
+        // Collectives have threads of their own; the runtime's would only be in their way.
+        Command::Reduce(command) => {
+            tracing_subscriber::fmt()
+                .with_env_filter(
+                    tracing_subscriber::EnvFilter::try_from_env("FIREFLY_LOG")
+                        .unwrap_or_else(|_| "warn".into()),
+                )
+                .with_writer(std::io::stderr)
+                .init();
+            reduce::run(&command, &cli.global)
+        }
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "ff", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
@@ -120,7 +134,11 @@ async fn run_async(command: Command, global: &Global) -> anyhow::Result<ExitCode
         Command::Run(args) => return run::run(args, global).await,
         Command::Job(command) => job::run(command, global).await?,
         Command::Node(command) => node::run(command, global).await?,
-        Command::Completion { .. } | Command::Man { .. } | Command::Shim { .. } | Command::NativeTrain(_) => {
+        Command::Completion { .. }
+        | Command::Man { .. }
+        | Command::Shim { .. }
+        | Command::NativeTrain(_)
+        | Command::Reduce(_) => {
             unreachable!("handled before the runtime starts")
         }
     }

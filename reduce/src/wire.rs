@@ -90,6 +90,8 @@ struct Peer {
     landing_p2p: HashMap<u64, (u64, PostedRecv)>,
     eager_unmatched: u32,
     last_heard: Instant,
+    /// Bytes received by then.
+    heard_bytes: u64,
     /// The newest operation that the peer has said it is at, and when it said so.
     here: Option<(u64, Instant)>,
     /// The operation about which the peer has asked, and which this rank has not issued yet.
@@ -153,6 +155,7 @@ impl Wire {
                     landing_p2p: HashMap::new(),
                     eager_unmatched: 0,
                     last_heard: now,
+                    heard_bytes: 0,
                     here: None,
                     asked: None,
                     lost_at: None,
@@ -355,8 +358,10 @@ impl Wire {
                 Ok(any) => again |= any,
                 Err(error) => lose(peer, error),
             }
-            if again {
-                peer.last_heard = now;
+            // Only what comes in is a sign of life: a stopped host's buffers still take what we send.
+            let heard = peer.link.bytes_received();
+            if heard != peer.heard_bytes {
+                (peer.heard_bytes, peer.last_heard) = (heard, now);
             }
             for completion in completions.drain(..) {
                 self.complete(rank, completion)?;
@@ -674,3 +679,6 @@ fn keep(header: Header, payload: usize) -> (InFlight, *mut u8) {
     let ptr = data.as_mut_ptr();
     (InFlight::Kept { header, data }, ptr)
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,7 +3,9 @@
 pub mod fs;
 pub mod job;
 pub mod node;
+pub mod perf;
 pub mod quickstart;
+pub mod reduce;
 pub mod run;
 pub mod status;
 pub mod up;
