@@ -29,7 +29,7 @@ enum Command {
     #[command(subcommand)]
     Fs(fs::FsCommand),
     Run(run::RunArgs),
-    /// Look at how ranks reach each other
+    /// Measure collectives, and how ranks reach each other
     #[command(subcommand)]
     Reduce(reduce::ReduceCommand),
     /// Submit, watch and stop jobs
@@ -80,11 +80,20 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     // Before any thread exists: the shim forks.
     match cli.command {
         Command::Shim { arguments } => firefly_agent::shim_main(arguments),
-        // Ranks block; they need no runtime.
-        Command::Reduce(command) => reduce::run(&command, &cli.global),
         Command::NativeTrain(args) => {
             native_train::run(&args)?;
             Ok(ExitCode::SUCCESS)
+        }
+        // Collectives have threads of their own; the runtime's would only be in their way.
+        Command::Reduce(command) => {
+            tracing_subscriber::fmt()
+                .with_env_filter(
+                    tracing_subscriber::EnvFilter::try_from_env("FIREFLY_LOG")
+                        .unwrap_or_else(|_| "warn".into()),
+                )
+                .with_writer(std::io::stderr)
+                .init();
+            reduce::run(&command, &cli.global)
         }
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "ff", &mut std::io::stdout());

@@ -11,6 +11,7 @@ use crate::group::Parts;
 use crate::local::{self, LocalPeer};
 use crate::network;
 use crate::options::Options;
+use crate::placement::Placement;
 use crate::scratch::Scratch;
 use crate::shm::arena::Arena;
 use crate::shm::ring::{Doorbell, RingLink};
@@ -122,7 +123,8 @@ pub(crate) fn form(config: &Config, store: &dyn Store) -> Result<Parts, ReduceEr
         let wire = Wire::new(0, 0, vec![None], now);
         let engine =
             Engine::new(names, wire, None, None, Vec::new(), Vec::new(), config.heartbeat_timeout, now);
-        return Ok(Parts { engine, doorbell, timeout: config.timeout });
+        let placement = Placement::new(&[0]);
+        return Ok(Parts { engine, doorbell, timeout: config.timeout, placement, options });
     }
     let us = names.us();
     let fail = |detail: String| ReduceError::bootstrap(format!("{us} cannot be formed: {detail}"));
@@ -172,6 +174,7 @@ pub(crate) fn form(config: &Config, store: &dyn Store) -> Result<Parts, ReduceEr
     let tag = generation(&config.group, &cards);
     let options = cards[0].options.clone();
 
+    let placement = Placement::new(&cards.iter().map(|c| c.node.as_str()).collect::<Vec<_>>());
     // The ranks of this node in rank order; a rank's index among them is its ring's.
     let local: Vec<u32> = (0..size).filter(|&r| cards[r as usize].node == card.node).collect();
     let my_local = local.iter().position(|&r| r == rank).expect("a rank is on its own node");
@@ -210,8 +213,9 @@ pub(crate) fn form(config: &Config, store: &dyn Store) -> Result<Parts, ReduceEr
             local_peers.push((peer, theirs));
         }
         // Payloads that are to be checked take the links, which check them.
-        if local.len() == size as usize && !options.checksums {
-            arena = Some(Arena::new(rank as usize, segments.into_iter().flatten().collect(), bells));
+        if (local.len() == size as usize || placement.two_levels()) && !options.checksums {
+            let segments = segments.into_iter().flatten().collect();
+            arena = Some(Arena::new(my_local, local.clone(), segments, bells));
         }
         segment = Some(mine);
     }
@@ -235,7 +239,7 @@ pub(crate) fn form(config: &Config, store: &dyn Store) -> Result<Parts, ReduceEr
         Engine::new(names, wire, arena, segment, local_peers, watches, config.heartbeat_timeout, now);
     engine.liveness = config.liveness;
     engine.scratch = Scratch::new(regions);
-    Ok(Parts { engine, doorbell, timeout: config.timeout })
+    Ok(Parts { engine, doorbell, timeout: config.timeout, placement, options })
 }
 
 /// Names one forming of a group in headers, hellos and segments. The cards hold random names, so what
@@ -342,9 +346,9 @@ mod tests {
             options: Options::default(),
         };
         assert_eq!(Card::decode(&card.encode()), Some(card));
-        assert_eq!(Card::decode(b"ffr1\na\nb\n127.0.0.1:80\n1 0 all_reduce direct max"), None);
-        assert!(Card::decode(b"ffr2\na\nb\n127.0.0.1:80\n1 0 all_reduce direct max").is_some());
-        assert_eq!(Card::decode(b"ffr2\na\nb\nnowhere\n1 0 all_reduce direct max"), None);
+        assert_eq!(Card::decode(b"ffr1\na\nb\n127.0.0.1:80\n0 all_reduce direct max"), None);
+        assert!(Card::decode(b"ffr2\na\nb\n127.0.0.1:80\n0 all_reduce direct max").is_some());
+        assert_eq!(Card::decode(b"ffr2\na\nb\nnowhere\n0 all_reduce direct max"), None);
     }
 
     #[test]

@@ -170,6 +170,11 @@ impl Communicator {
         Self::meet(&config, &Meeting::from_env())
     }
 
+    /// What all ranks of the group do alike.
+    pub fn options(&self) -> Options {
+        self.group.options().clone()
+    }
+
     pub(crate) fn config(&self) -> &Config {
         &self.config
     }

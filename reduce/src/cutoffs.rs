@@ -14,7 +14,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// How an all-reduce between nodes is carried out. All but the last two evaluate the canonical tree.
+/// How an all-reduce between nodes is carried out. All evaluate the canonical tree: the bits are the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Algorithm {
     /// Everyone gets every input and reduces: one round, N-1 times the bytes.
@@ -25,17 +25,11 @@ pub enum Algorithm {
     Halving,
     /// Each rank reduces its slice and gives it to all: two rounds, 2 (N-1)/N of the bytes.
     Direct,
-    /// Ring: 2 (N-1) rounds, 2 (N-1)/N of the bytes. Not deterministic across sizes.
-    Ring,
-    /// Two binary trees, each carrying half: about 2 log2 N rounds, pipelined, 2 times the bytes.
-    /// Not deterministic across sizes.
-    DoubleTree,
 }
 
 impl Algorithm {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Gather, Self::Doubling, Self::Halving, Self::Direct, Self::Ring, Self::DoubleTree];
+    pub const ALL: [Self; 4] = [Self::Gather, Self::Doubling, Self::Halving, Self::Direct];
 
     /// As in the table.
     pub fn name(self) -> &'static str {
@@ -44,14 +38,7 @@ impl Algorithm {
             Self::Doubling => "doubling",
             Self::Halving => "halving",
             Self::Direct => "direct",
-            Self::Ring => "ring",
-            Self::DoubleTree => "double_tree",
         }
-    }
-
-    /// Whether it evaluates the canonical tree.
-    pub fn deterministic(self) -> bool {
-        !matches!(self, Self::Ring | Self::DoubleTree)
     }
 }
 
@@ -109,11 +96,11 @@ impl Cutoffs {
         Self { rows: vec![(usize::MAX, algorithm)] }
     }
 
-    /// The algorithm for a message of `bytes`; the next deterministic one where the row's is not
-    /// allowed.
-    pub fn choose(&self, bytes: usize, deterministic: bool) -> Algorithm {
-        let row = self.rows.iter().find(|(most, _)| bytes <= *most).expect("the last row holds all sizes");
-        if deterministic && !row.1.deterministic() { Algorithm::Direct } else { row.1 }
+    /// The algorithm for a message of `bytes`. Where it cannot be had (halving needs a power of two of
+    /// members; rounds carry partial results, which must not be larger than elements), direct exchange
+    /// takes its place.
+    pub fn choose(&self, bytes: usize) -> Algorithm {
+        self.rows.iter().find(|(most, _)| bytes <= *most).expect("the last row holds all sizes").1
     }
 
     /// The rows: (largest message in bytes, algorithm).
@@ -176,15 +163,14 @@ mod tests {
     #[test]
     fn a_table_round_trips_and_chooses() {
         let table: Cutoffs =
-            "# measured\nall_reduce gather 100\n\nall_reduce ring 1000 # here\nall_reduce direct max\n"
+            "# measured\nall_reduce gather 100\n\nall_reduce halving 1000 # here\nall_reduce direct max\n"
                 .parse()
                 .unwrap();
         assert_eq!(table.to_string().parse(), Ok(table.clone()));
         assert_eq!(table.to_file().parse(), Ok(table.clone()));
-        assert_eq!(table.choose(100, true), Algorithm::Gather);
-        assert_eq!(table.choose(101, true), Algorithm::Direct, "ring is not deterministic");
-        assert_eq!(table.choose(101, false), Algorithm::Ring);
-        assert_eq!(table.choose(usize::MAX, true), Algorithm::Direct);
+        assert_eq!(table.choose(100), Algorithm::Gather);
+        assert_eq!(table.choose(101), Algorithm::Halving);
+        assert_eq!(table.choose(usize::MAX), Algorithm::Direct);
     }
 
     #[test]
@@ -192,7 +178,7 @@ mod tests {
         for (text, reason) in [
             ("", "last row"),
             ("all_reduce gather 10", "last row"),
-            ("all_reduce gather 10\nall_reduce ring 10\nall_reduce direct max", "grow"),
+            ("all_reduce gather 10\nall_reduce halving 10\nall_reduce direct max", "grow"),
             ("all_reduce swing max", "no algorithm"),
             ("all_reduce gather ten", "no number"),
             ("broadcast tree max", "is not"),

@@ -23,6 +23,10 @@ use std::time::{Duration, Instant};
 const TICK: Duration = Duration::from_millis(20);
 /// A waiting operation asks its missing peers what they are doing after this long.
 const PROBE_AFTER: Duration = Duration::from_millis(100);
+/// And again after this long: an answer is good for one such time.
+const PROBE_AGAIN: Duration = Duration::from_millis(500);
+/// Groups up to this size ask all ranks, so that who waits only because of others is not blamed.
+const ASK_ALL: u32 = 256;
 /// A link that ends without a word condemns its rank only after this long: the cause may be
 /// another rank's death, of which the ranks that fail because of it tell first.
 const VERDICT_AFTER: Duration = Duration::from_millis(150);
@@ -62,7 +66,8 @@ struct Active {
     submitted: Instant,
     timeout: Duration,
     began: Option<Instant>,
-    probed: bool,
+    /// When its peers were last asked what they are doing.
+    probed: Option<Instant>,
 }
 
 struct ActiveP2p {
@@ -199,7 +204,7 @@ impl Engine {
                     submitted,
                     timeout,
                     began: None,
-                    probed: false,
+                    probed: None,
                 });
                 if let Err(error) = issued {
                     self.fail(error);
@@ -252,7 +257,7 @@ impl Engine {
         let events = self.wire.as_mut().expect("present until the group fails").take_events();
         for event in events {
             match event {
-                Event::Sent { sequence } | Event::Received { sequence, .. } => {
+                Event::Sent { sequence, .. } | Event::Received { sequence, .. } => {
                     if let Some(front) = self.collectives.front_mut()
                         && front.sequence == sequence
                     {
@@ -296,7 +301,7 @@ impl Engine {
             }
             let polled = front.body.poll(&mut cx)?;
             if polled {
-                front.probed = false;
+                front.probed = None;
                 front.began = Some(now);
             }
             moved |= polled;
@@ -468,7 +473,18 @@ impl Engine {
         }
         let late = self.collectives.iter().find(|c| now.saturating_duration_since(c.submitted) >= c.timeout);
         let (Some(late), Some(front)) = (late, self.collectives.front()) else { return Ok(()) };
-        let missing = front.body.missing(wire, self.arena.as_ref(), front.sequence);
+        let mut missing = front.body.missing(wire, self.arena.as_ref(), front.sequence);
+        // Whom this rank waits for may itself wait. Who has not come at all is to blame, as far as the
+        // answers to the last question but this moment's tell.
+        if let Some(asked) = front.probed.and_then(|at| at.checked_sub(PROBE_AGAIN))
+            && self.names.size <= ASK_ALL
+            && front.probed.is_some_and(|at| now.saturating_duration_since(at) >= TICK)
+        {
+            let absent = wire.not_here(front.sequence, asked);
+            if !absent.is_empty() && absent.len() + 1 < self.names.size as usize || missing.is_empty() {
+                missing = absent;
+            }
+        }
         let named: Vec<String> = missing.iter().map(u32::to_string).collect();
         let stuck = if late.sequence == front.sequence {
             String::new()
@@ -490,12 +506,19 @@ impl Engine {
     fn probe(&mut self, now: Instant) {
         let Some(front) = self.collectives.front_mut() else { return };
         let Some(began) = front.began else { return };
-        if front.probed || now.saturating_duration_since(began) < PROBE_AFTER {
+        let since = front.probed.unwrap_or(began);
+        let wait = if front.probed.is_some() { PROBE_AGAIN } else { PROBE_AFTER };
+        if now.saturating_duration_since(since) < wait {
             return;
         }
-        front.probed = true;
+        front.probed = Some(now);
         let wire = self.wire.as_mut().expect("present until the group fails");
-        for rank in front.body.missing(wire, self.arena.as_ref(), front.sequence) {
+        let asked = if self.names.size <= ASK_ALL {
+            (0..self.names.size).filter(|&r| r != self.names.rank).collect()
+        } else {
+            front.body.missing(wire, self.arena.as_ref(), front.sequence)
+        };
+        for rank in asked {
             wire.probe(rank, front.sequence, front.descriptor);
         }
     }

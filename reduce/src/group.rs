@@ -8,6 +8,8 @@
 use crate::ReduceError;
 use crate::engine::{Engine, Names, Submission};
 use crate::op::{Callback, OpState};
+use crate::options::Options;
+use crate::placement::Placement;
 use crate::request::{Plan, Request, Shape};
 use crate::shm::segment::Segment;
 use crate::wire::{Carried, Reach};
@@ -127,16 +129,24 @@ pub(crate) struct Parts {
     pub(crate) engine: Engine,
     pub(crate) doorbell: OwnedFd,
     pub(crate) timeout: Duration,
+    pub(crate) placement: Placement,
+    pub(crate) options: Options,
 }
 
 impl Group {
     pub(crate) fn start(parts: Parts) -> Result<Arc<Self>, ReduceError> {
-        let Parts { engine, doorbell, timeout } = parts;
+        let Parts { engine, doorbell, timeout, placement, options } = parts;
         let names = engine.names.clone();
         let local = engine.local_peers.len() + 1;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let group = Arc::new(Self {
-            shape: Shape { rank: names.rank, size: names.size, arena: engine.arena.is_some() },
+            shape: Shape::new(
+                names.rank,
+                names.size,
+                engine.arena.is_some() && !engine.has_remote_peers(),
+                placement,
+                options,
+            ),
             queue: Mutex::new(Queue { sequence: 0, items: VecDeque::new() }),
             segment: engine.segment.clone(),
             engine: Mutex::new(engine),
@@ -178,6 +188,10 @@ impl Group {
         Ok(())
     }
 
+    pub(crate) fn options(&self) -> &Options {
+        &self.shape.options
+    }
+
     pub(crate) fn failure(&self) -> Option<ReduceError> {
         lock(&self.failure).clone()
     }
@@ -202,7 +216,7 @@ impl Group {
     ) -> Result<Arc<OpState>, ReduceError> {
         self.check_process()?;
         let us = || self.names.us();
-        let plan = request.plan(self.shape).map_err(|e| e.during(&us()))?;
+        let plan = request.plan(&self.shape).map_err(|e| e.during(&us()))?;
         if let Some(failure) = self.failure() {
             return Err(failure.during(&format!("{}: the group is broken", us())));
         }

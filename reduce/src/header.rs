@@ -38,6 +38,8 @@ pub(crate) enum MessageKind {
     Probe = 12,
     /// An eager point-to-point message has found its receive.
     Taken = 13,
+    /// Answer to [`MessageKind::Probe`], as soon as it is true: "I have issued this operation".
+    Here = 14,
 }
 
 impl MessageKind {
@@ -56,6 +58,7 @@ impl MessageKind {
             11 => Self::ByeSeen,
             12 => Self::Probe,
             13 => Self::Taken,
+            14 => Self::Here,
             _ => return None,
         })
     }

@@ -42,6 +42,8 @@ mod network;
 mod op;
 mod ops;
 mod options;
+pub mod perf;
+mod placement;
 mod rendezvous;
 mod request;
 mod scratch;

@@ -7,22 +7,13 @@ use std::fmt;
 use std::str::FromStr;
 
 /// Options of a group; see [`Options::from_env`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
-    /// Every result has one bit pattern, whatever the message's size or the transport. Off: the ring
-    /// and the double binary tree may be chosen, which associate by position in the message.
-    pub deterministic: bool,
     /// Every payload carries a checksum, and all data take the links instead of the shared slots.
     /// Costs about one pass over memory on each side.
     pub checksums: bool,
     /// Which algorithm from which size on.
     pub cutoffs: Cutoffs,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self { deterministic: true, checksums: false, cutoffs: Cutoffs::default() }
-    }
 }
 
 /// A switch in the environment: unset, empty, 0 and 1.
@@ -36,7 +27,7 @@ fn switch(name: &str, default: bool) -> Result<bool, ReduceError> {
 }
 
 impl Options {
-    /// `FIREFLY_REDUCE_DETERMINISTIC` (1), `FIREFLY_REDUCE_CHECKSUM` (0), and the cut-off table in
+    /// `FIREFLY_REDUCE_CHECKSUM` (0), and the cut-off table in
     /// `FIREFLY_REDUCE_TUNING`, as `ff reduce perf --tune` writes it.
     pub fn from_env() -> Result<Self, ReduceError> {
         let cutoffs = match std::env::var("FIREFLY_REDUCE_TUNING") {
@@ -49,18 +40,14 @@ impl Options {
             }
             _ => Cutoffs::default(),
         };
-        Ok(Self {
-            deterministic: switch("FIREFLY_REDUCE_DETERMINISTIC", true)?,
-            checksums: switch("FIREFLY_REDUCE_CHECKSUM", false)?,
-            cutoffs,
-        })
+        Ok(Self { checksums: switch("FIREFLY_REDUCE_CHECKSUM", false)?, cutoffs })
     }
 }
 
 /// One line, for rank 0's card.
 impl fmt::Display for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} {}", u8::from(self.deterministic), u8::from(self.checksums), self.cutoffs)
+        write!(f, "{} {}", u8::from(self.checksums), self.cutoffs)
     }
 }
 
@@ -68,15 +55,13 @@ impl FromStr for Options {
     type Err = String;
 
     fn from_str(line: &str) -> Result<Self, String> {
-        let mut words = line.splitn(3, ' ');
-        let mut flag = |what: &str| match words.next() {
-            Some("0") => Ok(false),
-            Some("1") => Ok(true),
-            other => Err(format!("{what} is {other:?}")),
+        let (checksums, cutoffs) = line.split_once(' ').ok_or("the cut-off table is missing")?;
+        let checksums = match checksums {
+            "0" => false,
+            "1" => true,
+            other => return Err(format!("checksums is {other:?}")),
         };
-        let (deterministic, checksums) = (flag("deterministic")?, flag("checksums")?);
-        let cutoffs = words.next().ok_or("the cut-off table is missing")?.parse()?;
-        Ok(Self { deterministic, checksums, cutoffs })
+        Ok(Self { checksums, cutoffs: cutoffs.parse()? })
     }
 }
 
@@ -86,11 +71,11 @@ mod tests {
 
     #[test]
     fn options_round_trip() {
-        for (deterministic, checksums) in [(true, false), (false, true)] {
-            let options = Options { deterministic, checksums, ..Options::default() };
+        for checksums in [false, true] {
+            let options = Options { checksums, ..Options::default() };
             assert_eq!(options.to_string().parse(), Ok(options));
         }
-        assert!("2 0 x".parse::<Options>().is_err());
+        assert!("2 all_reduce direct max".parse::<Options>().is_err());
         assert!("1".parse::<Options>().is_err());
     }
 }

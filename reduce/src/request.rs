@@ -3,12 +3,19 @@
 //! descriptor and on what the group's forming has settled for all ranks.
 
 use crate::ReduceError;
+use crate::cutoffs::Algorithm;
 use crate::dtype::{DType, ReduceOp};
 use crate::header::{Descriptor, NO_REDOP, NO_ROOT, OpKind};
+use crate::kernels::{Stage, partial};
 use crate::ops::Body;
+use crate::ops::doubling::{Part, Rounds};
 use crate::ops::exchange::{Block, Exchange, Finish, OwnBlock};
+use crate::ops::levels::{Task, TwoLevels};
 use crate::ops::reduce::{Slice, Wanted, WireReduce};
+use crate::options::Options;
+use crate::placement::Placement;
 use crate::shm::arena::{ArenaOp, Mode};
+use std::sync::Arc;
 
 /// Up to this many bytes (times ranks) a reduction over links gathers every input everywhere.
 const DIRECT_BYTES: usize = 64 << 10;
@@ -104,12 +111,25 @@ pub(crate) enum Plan {
 unsafe impl Send for Plan {}
 
 /// The group as far as plans depend on it.
-#[derive(Clone, Copy)]
 pub(crate) struct Shape {
     pub(crate) rank: u32,
     pub(crate) size: u32,
     /// All ranks share memory, and may use the staging slots.
     pub(crate) arena: bool,
+    pub(crate) placement: Placement,
+    pub(crate) options: Options,
+    /// All ranks, in order.
+    pub(crate) everyone: Arc<[u32]>,
+    /// The nodes' leaders, where all-reduce may go in two levels.
+    pub(crate) leaders: Option<Arc<[u32]>>,
+}
+
+impl Shape {
+    pub(crate) fn new(rank: u32, size: u32, arena: bool, placement: Placement, options: Options) -> Self {
+        let two_levels = placement.two_levels() && !options.checksums;
+        let leaders = two_levels.then(|| placement.leaders().into());
+        Self { rank, size, arena, placement, options, everyone: (0..size).collect(), leaders }
+    }
 }
 
 fn invalid(detail: String) -> ReduceError {
@@ -184,9 +204,9 @@ impl Request<'_> {
     }
 
     /// Checks the request and chooses how to carry it out.
-    pub(crate) fn plan(&self, shape: Shape) -> Result<Plan, ReduceError> {
+    pub(crate) fn plan(&self, shape: &Shape) -> Result<Plan, ReduceError> {
         self.check_buffers()?;
-        let Shape { rank: me, size, arena: slots } = shape;
+        let Shape { rank: me, size, arena: slots, .. } = *shape;
         let dsize = self.dtype.size();
         let n = size as usize;
         let arena = slots && n > 1 && ArenaOp::fits(n);
@@ -215,18 +235,13 @@ impl Request<'_> {
                         vec![input.ptr.cast_const()],
                         vec![output.ptr],
                     ))
-                } else if direct(bytes, n) {
+                } else if direct(bytes, n) && (n == 1 || self.algorithm(shape, bytes) == Algorithm::Gather) {
                     let to_all: Vec<_> = others().map(|r| block(r, input)).collect();
                     let finish =
                         Finish { dtype: self.dtype, op, count, input: input.ptr, output: output.ptr };
                     gather_and_reduce(to_all, others().collect(), finish)
                 } else {
-                    Body::Reduce(WireReduce::new(
-                        self.dtype,
-                        op,
-                        slices(input.ptr, |_| output.ptr, count, dsize, n),
-                        Wanted::ByAll,
-                    ))
+                    self.between_nodes(shape, op, input.ptr, output.ptr, count)
                 };
                 (descriptor, body)
             }
@@ -259,12 +274,14 @@ impl Request<'_> {
                     let finish = Finish { dtype: self.dtype, op, count, input: input.ptr, output };
                     gather_and_reduce(sends, from, finish)
                 } else {
-                    Body::Reduce(WireReduce::new(
-                        self.dtype,
-                        op,
+                    Body::Reduce(Box::new(WireReduce::new(
+                        Stage::whole(self.dtype, op, n),
+                        op.factor(),
+                        shape.everyone.clone(),
+                        0,
                         slices(input.ptr, |_| output, count, dsize, n),
                         Wanted::By(root),
-                    ))
+                    )))
                 };
                 (descriptor, body)
             }
@@ -302,7 +319,14 @@ impl Request<'_> {
                             count: blocks[r].count,
                         })
                         .collect();
-                    Body::Reduce(WireReduce::new(self.dtype, op, slices, Wanted::ByOwner))
+                    Body::Reduce(Box::new(WireReduce::new(
+                        Stage::whole(self.dtype, op, n),
+                        op.factor(),
+                        shape.everyone.clone(),
+                        0,
+                        slices,
+                        Wanted::ByOwner,
+                    )))
                 };
                 (descriptor, body)
             }
@@ -438,7 +462,64 @@ impl Request<'_> {
         Ok(Plan::Collective { descriptor, body })
     }
 
-    fn peer(&self, peer: u32, shape: Shape) -> Result<u32, ReduceError> {
+    fn algorithm(&self, shape: &Shape, bytes: usize) -> Algorithm {
+        shape.options.cutoffs.choose(bytes)
+    }
+
+    /// An all-reduce of which not all ranks share memory.
+    fn between_nodes(
+        &self,
+        shape: &Shape,
+        op: ReduceOp,
+        input: *mut u8,
+        output: *mut u8,
+        count: usize,
+    ) -> Body {
+        let n = shape.size as usize;
+        let algorithm = self.algorithm(shape, count * self.dtype.size());
+        if let Some(leaders) = &shape.leaders {
+            let node = shape.placement.node(shape.rank);
+            return Body::Levels(Box::new(TwoLevels::new(Task {
+                dtype: self.dtype,
+                op,
+                algorithm,
+                size: n,
+                leaders: leaders.clone(),
+                local: node.len(),
+                leads: node[0] == shape.rank,
+                input,
+                output,
+                count,
+            })));
+        }
+        // In rounds, partial results travel: only where they are no larger, and factors are not theirs.
+        let rounds = partial(self.dtype) == self.dtype && !matches!(op, ReduceOp::PremulSum(_)) && count > 0;
+        let part = || Part {
+            inner: Stage::inner(self.dtype, op),
+            root: Stage::root(self.dtype, op, n),
+            members: shape.everyone.clone(),
+            base: 0,
+            input,
+            output,
+            count,
+        };
+        match algorithm {
+            Algorithm::Doubling if rounds => Body::Rounds(Box::new(Rounds::doubling(part()))),
+            Algorithm::Halving if rounds && n.is_power_of_two() => {
+                Body::Rounds(Box::new(Rounds::halving(part())))
+            }
+            _ => Body::Reduce(Box::new(WireReduce::new(
+                Stage::whole(self.dtype, op, n),
+                op.factor(),
+                shape.everyone.clone(),
+                0,
+                slices(input, |_| output, count, self.dtype.size(), n),
+                Wanted::ByAll,
+            ))),
+        }
+    }
+
+    fn peer(&self, peer: u32, shape: &Shape) -> Result<u32, ReduceError> {
         if peer == shape.rank {
             return Err(invalid(format!(
                 "rank {peer} cannot send to or receive from itself; copy the memory"

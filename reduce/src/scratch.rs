@@ -12,7 +12,12 @@ const LEAST_REGISTERED: usize = 1 << 20;
 
 #[repr(align(64))]
 #[derive(Clone, Copy)]
-struct Line(#[expect(dead_code, reason = "only its size and alignment count")] [u8; 64]);
+pub(crate) struct Line(#[expect(dead_code, reason = "only its size and alignment count")] [u8; 64]);
+
+/// Memory of an operation's own, aligned to 64.
+pub(crate) fn lines(bytes: usize) -> Vec<Line> {
+    vec![Line([0; 64]); bytes.div_ceil(64)]
+}
 
 /// See the module.
 #[derive(Default)]

@@ -5,6 +5,7 @@
 //! takes part in both, whatever happens to it in between, so that no other rank waits for it in vain.
 
 use crate::comm::{Communicator, Config};
+use crate::options::Options;
 use crate::store::{Store, StoreError};
 use crate::{DType, Operation, ReduceError, Request, SubmitOptions};
 use firefly_types::ClusterSecret;
@@ -34,6 +35,23 @@ impl Communicator {
         name: &str,
         ranks: &[u32],
         timeout: Duration,
+    ) -> Result<Option<Communicator>, ReduceError> {
+        self.split_as(name, ranks, timeout, self.options())
+    }
+
+    /// Forms a group of the same ranks under other options, rank 0's; collective over this group.
+    pub fn retuned(&self, name: &str, options: Options) -> Result<Communicator, ReduceError> {
+        let everyone: Vec<u32> = (0..self.size()).collect();
+        let formed = self.split_as(name, &everyone, self.config().timeout, options)?;
+        Ok(formed.expect("every rank is in the list"))
+    }
+
+    fn split_as(
+        &self,
+        name: &str,
+        ranks: &[u32],
+        timeout: Duration,
+        options: Options,
     ) -> Result<Option<Communicator>, ReduceError> {
         let parent = self.config();
         let position = ranks.iter().position(|&r| r == parent.rank);
@@ -78,6 +96,7 @@ impl Communicator {
                     timeout: parent.timeout,
                     form_timeout: Some(timeout),
                     secret: Some(secret),
+                    options: Some(options.clone()),
                     ..parent.clone()
                 };
                 Communicator::create(&config, &exchange).map(Some)

@@ -37,7 +37,7 @@ const NOTICE_BYTES: usize = 4096;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Event {
     /// This rank's part for `peer` has left its memory.
-    Sent { sequence: u64 },
+    Sent { sequence: u64, part: u32 },
     /// `peer`'s part has arrived in the posted memory; `extra` is from its header.
     Received { sequence: u64, peer: u32, part: u32, extra: u64 },
     /// A point-to-point send is done.
@@ -68,7 +68,7 @@ struct Expected {
 
 /// What a link's token stands for.
 enum InFlight {
-    Sent { sequence: u64 },
+    Sent { sequence: u64, part: u32 },
     P2pSent { id: u64 },
     Control { _payload: Box<[u8]> },
     Received { sequence: u64, part: u32, extra: u64 },
@@ -95,6 +95,12 @@ struct Peer {
     landing_p2p: HashMap<u64, (u64, PostedRecv)>,
     eager_unmatched: u32,
     last_heard: Instant,
+    /// Bytes received by then.
+    heard_bytes: u64,
+    /// The newest operation that the peer has said it is at, and when it said so.
+    here: Option<(u64, Instant)>,
+    /// The operation about which the peer has asked, and which this rank has not issued yet.
+    asked: Option<u64>,
     lost_at: Option<Instant>,
     bye_seen: bool,
 }
@@ -163,6 +169,9 @@ impl Wire {
                     landing_p2p: HashMap::new(),
                     eager_unmatched: 0,
                     last_heard: now,
+                    heard_bytes: 0,
+                    here: None,
+                    asked: None,
                     lost_at: None,
                     bye_seen: false,
                 })
@@ -196,6 +205,10 @@ impl Wire {
             let Some(peer) = &mut self.peers[rank] else { continue };
             if let Some(theirs) = peer.announced.remove(&sequence) {
                 self.compare(sequence, &descriptor, rank as u32, &theirs)?;
+            }
+            if self.peer(rank as u32).asked.is_some_and(|asked| asked <= sequence) {
+                self.peer(rank as u32).asked = None;
+                self.say_here(rank as u32, sequence);
             }
         }
         Ok(())
@@ -283,7 +296,7 @@ impl Wire {
         let len64 = len as u64;
         let header =
             Header { kind, group: self.group, sequence, part, descriptor, len: len64, extra, checksum: None };
-        self.post(peer, &header, ptr, len, InFlight::Sent { sequence });
+        self.post(peer, &header, ptr, len, InFlight::Sent { sequence, part });
     }
 
     /// Posts memory for a part of a collective.
@@ -359,8 +372,10 @@ impl Wire {
                 Ok(any) => again |= any,
                 Err(error) => lose(peer, error),
             }
-            if again {
-                peer.last_heard = now;
+            // Only what comes in is a sign of life: a stopped host's buffers still take what we send.
+            let heard = peer.link.counters().bytes_received;
+            if heard != peer.heard_bytes {
+                (peer.heard_bytes, peer.last_heard) = (heard, now);
             }
             for completion in completions.drain(..) {
                 self.complete(rank, completion)?;
@@ -482,7 +497,7 @@ impl Wire {
                             extra: send.extra,
                             ..header
                         };
-                        let what = InFlight::Sent { sequence: header.sequence };
+                        let what = InFlight::Sent { sequence: header.sequence, part: header.part };
                         self.post(rank, &data, send.ptr, send.len, what);
                     }
                     None => {
@@ -532,7 +547,20 @@ impl Wire {
                 self.peer(rank).bye_seen = true;
                 (InFlight::Nothing, std::ptr::null_mut())
             }
-            MessageKind::Heartbeat | MessageKind::Probe => (InFlight::Nothing, std::ptr::null_mut()),
+            MessageKind::Probe => {
+                if self.issued.back().is_some_and(|(newest, _)| *newest >= header.sequence) {
+                    self.say_here(rank, header.sequence);
+                } else {
+                    self.peer(rank).asked = Some(header.sequence);
+                }
+                (InFlight::Nothing, std::ptr::null_mut())
+            }
+            MessageKind::Here => {
+                let now = Instant::now();
+                self.peer(rank).here = Some((header.sequence, now));
+                (InFlight::Nothing, std::ptr::null_mut())
+            }
+            MessageKind::Heartbeat => (InFlight::Nothing, std::ptr::null_mut()),
         };
         let token = self.next_token;
         self.next_token += 1;
@@ -574,7 +602,7 @@ impl Wire {
             self.verify(rank, &expected)?;
         }
         match what {
-            InFlight::Sent { sequence } => self.events.push(Event::Sent { sequence }),
+            InFlight::Sent { sequence, part } => self.events.push(Event::Sent { sequence, part }),
             InFlight::P2pSent { id } => self.events.push(Event::P2pSent { id }),
             InFlight::Received { sequence, part, extra } => {
                 self.events.push(Event::Received { sequence, peer: rank, part, extra });
@@ -630,18 +658,13 @@ impl Wire {
         )))
     }
 
-    /// This rank.
-    pub(crate) fn rank(&self) -> u32 {
-        self.rank
-    }
-
     /// Peers that have not taken or not sent their part of a collective.
     pub(crate) fn waiting_for(&self, sequence: u64) -> Vec<u32> {
         let under_way = |rank: u32| {
             self.in_flight.iter().any(|((r, _), what)| {
                 *r == rank
                     && match what {
-                        InFlight::Sent { sequence: s } | InFlight::Received { sequence: s, .. } => {
+                        InFlight::Sent { sequence: s, .. } | InFlight::Received { sequence: s, .. } => {
                             *s == sequence
                         }
                         _ => false,
@@ -670,3 +693,6 @@ fn keep(header: Header, payload: usize) -> (InFlight, *mut u8) {
     let ptr = data.as_mut_ptr();
     (InFlight::Kept { header, data }, ptr)
 }
+
+#[cfg(test)]
+mod tests;

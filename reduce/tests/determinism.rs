@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Memory, run, start, world};
-use firefly_reduce::{DType, Operation, RawBuf, ReduceOp};
+use firefly_reduce::{Algorithm, Cutoffs, DType, Operation, Options, RawBuf, ReduceOp};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
@@ -97,6 +97,98 @@ fn the_bits_do_not_depend_on_size_layout_or_algorithm() {
             group.barrier().unwrap();
         });
     }
+}
+
+/// An all-reduce of the first `count` values under a table with one algorithm.
+fn forced(rank: &common::Rank, algorithm: Algorithm, group: &str) -> firefly_reduce::Communicator {
+    let mut config = rank.config(group);
+    config.options = Some(Options { cutoffs: Cutoffs::always(algorithm), ..Options::default() });
+    rank.create(&config).unwrap()
+}
+
+#[test]
+fn the_bits_do_not_depend_on_the_algorithm_or_the_number_of_levels() {
+    println!("seed {SEED}");
+    let layouts = [
+        "aab", "abc", "aaa", "aaab", "aabb", "abcd", "aaaa", "abba", "aabbc", "aaaabbbb", "aabbccdd",
+        "aaaabbb", "abcdefgh",
+    ];
+    for nodes in layouts {
+        world("the_bits_do_not_depend_on_the_algorithm_or_the_number_of_levels", nodes, |rank| {
+            let wanted = bits(&model(rank.size, |v| v));
+            let round = |v: f32| half::bf16::from_f32(v).to_f32();
+            let wanted_bf16 = bits(&model(rank.size, round));
+            for algorithm in Algorithm::ALL {
+                let group = forced(rank, algorithm, algorithm.name());
+                // Small, not a whole number of cache lines, and more than one chunk of two levels.
+                for count in [1usize, 7, 1000, 40_000, COUNT] {
+                    let mut data = values(rank.rank)[..count].to_vec();
+                    group.allreduce(&mut data, ReduceOp::Sum).unwrap();
+                    assert!(bits(&data) == wanted[..count], "{algorithm}, {count} elements");
+                    let mut low: Vec<half::bf16> =
+                        values(rank.rank)[..count].iter().map(|&v| half::bf16::from_f32(v)).collect();
+                    group.allreduce(&mut low, ReduceOp::Sum).unwrap();
+                    let got: Vec<f32> = low.iter().map(|v| v.to_f32()).collect();
+                    assert!(bits(&got) == wanted_bf16[..count], "{algorithm}, {count} of bf16");
+                }
+                // Several chunks, averaged, with a factor of each rank's own.
+                let many = 700_001;
+                let mut data: Vec<f32> = values(rank.rank).into_iter().cycle().take(many).collect();
+                group.allreduce(&mut data, ReduceOp::Avg).unwrap();
+                let n = rank.size as f32;
+                let average: Vec<f32> = wanted.iter().map(|&b| f32::from_bits(b) / n).collect();
+                assert!(
+                    (0..many).all(|i| data[i].to_bits() == average[i % COUNT].to_bits()),
+                    "{algorithm}, average"
+                );
+                let mut ones = vec![1.0f32; many];
+                let factor = f64::from(rank.rank + 1);
+                group.allreduce(&mut ones, ReduceOp::PremulSum(factor)).unwrap();
+                let total = (rank.size * (rank.size + 1) / 2) as f32;
+                assert!(ones.iter().all(|&v| v == total), "{algorithm}, factors");
+                let mut most = vec![rank.rank as i64; 100_000];
+                group.allreduce(&mut most, ReduceOp::Max).unwrap();
+                assert!(most.iter().all(|&v| v == i64::from(rank.size) - 1), "{algorithm}, maximum");
+                group.barrier().unwrap();
+            }
+        });
+    }
+}
+
+#[test]
+fn a_small_last_piece_does_not_overtake_a_large_one() {
+    for nodes in ["ab", "abc"] {
+        world("a_small_last_piece_does_not_overtake_a_large_one", nodes, |rank| {
+            let group = rank.group("g");
+            // Slices of one piece of 512 KiB and one of a few elements, which goes without asking.
+            let count = rank.size as usize * (131_072 + 16);
+            for round in 0..20 {
+                let mut data = vec![(rank.rank + round) as f32; count];
+                group.allreduce(&mut data, ReduceOp::Sum).unwrap();
+                let wanted = (0..rank.size).map(|r| (r + round) as f32).sum::<f32>();
+                assert!(data.iter().all(|&v| v == wanted), "round {round}");
+            }
+        });
+    }
+}
+
+#[test]
+fn two_levels_send_each_byte_between_nodes_once() {
+    // The control of the test above: it is the leaders who talk, and the others send nothing.
+    world("two_levels_send_each_byte_between_nodes_once", "aabb", |rank| {
+        let bytes = 8usize << 20;
+        let group = forced(rank, Algorithm::Direct, "g");
+        let before = group.stats().tcp_bytes_sent;
+        let mut data = vec![1.0f32; bytes / 4];
+        group.allreduce(&mut data, ReduceOp::Sum).unwrap();
+        let sent = (group.stats().tcp_bytes_sent - before) as usize;
+        if rank.rank % 2 == 0 {
+            assert!(sent >= bytes && sent < bytes + bytes / 50, "a leader sent {sent} bytes");
+        } else {
+            assert!(sent < 10_000, "a rank that leads nobody sent {sent} bytes");
+        }
+        group.barrier().unwrap();
+    });
 }
 
 #[test]

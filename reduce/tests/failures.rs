@@ -450,6 +450,78 @@ fn groups_give_everything_back_and_can_follow_each_other() {
     }
 }
 
+/// A rank of another node is stopped, and nobody has anything to wait for: only its silence tells.
+fn silence(test: &str, heartbeats: bool) {
+    let outcome = launch(
+        test,
+        "abc",
+        |rank| {
+            let mut config = rank.config("g");
+            config.heartbeat_timeout = Duration::from_secs(2);
+            config.liveness = heartbeats;
+            config.timeout = Duration::from_secs(if heartbeats { 100 } else { 4 });
+            config.form_timeout = Some(Duration::from_secs(60));
+            let group = rank.create(&config).unwrap();
+            group.barrier().unwrap();
+            rank.note(&format!("ready {}", rank.rank));
+            rank.await_note("stopped");
+            let error = until_error(&group, Operation::Barrier, 0);
+            if heartbeats || rank.rank == VICTIM {
+                // The stopped one may find the others gone, or hear why.
+                let fits = matches!(error, ReduceError::PeerDied { rank: VICTIM, .. }) || rank.rank == VICTIM;
+                assert!(fits && (rank.rank == VICTIM || error.to_string().contains("rank 2")), "{error:?}");
+            } else {
+                assert!(!matches!(error, ReduceError::PeerDied { .. }), "{error:?}");
+            }
+            rank.note(&format!("failed {}", rank.rank));
+        },
+        |dir, children| {
+            for rank in 0..3 {
+                await_note(dir, &format!("ready {rank}"));
+            }
+            let victim = children[VICTIM as usize].id();
+            kill(victim, libc::SIGSTOP);
+            std::fs::write(dir.join("stopped"), "1").unwrap();
+            for rank in 0..2 {
+                await_note(dir, &format!("failed {rank}"));
+            }
+            kill(victim, libc::SIGCONT);
+        },
+    );
+    for (rank, (status, output)) in outcome.into_iter().flatten().enumerate() {
+        assert!(status.success(), "rank {rank} ended with {status}:\n{output}");
+    }
+}
+
+#[test]
+fn a_silent_host_is_named_by_its_missing_heartbeats() {
+    silence("a_silent_host_is_named_by_its_missing_heartbeats", true);
+}
+
+#[test]
+fn without_heartbeats_silence_is_only_a_timeout() {
+    // The control of the test above: it is the heartbeats that tell, well before the operation's time.
+    silence("without_heartbeats_silence_is_only_a_timeout", false);
+}
+
+#[test]
+fn heartbeats_keep_an_idle_group_alive() {
+    world("heartbeats_keep_an_idle_group_alive", "ab", |rank| {
+        let mut config = rank.config("g");
+        config.heartbeat_timeout = Duration::from_secs(1);
+        let group = rank.create(&config).unwrap();
+        group.barrier().unwrap();
+        // Long enough that a group without signs of life would have been given up: twelve heartbeats
+        // are three seconds. Only they move bytes now.
+        let idle = group.stats().tcp_bytes_received;
+        while group.stats().tcp_bytes_received < idle + 12 * 64 {
+            assert_eq!(group.failure(), None);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        group.barrier().unwrap();
+    });
+}
+
 #[test]
 fn the_status_page_says_who_is_waited_for() {
     const TEST: &str = "the_status_page_says_who_is_waited_for";
@@ -482,7 +554,8 @@ fn the_status_page_says_who_is_waited_for() {
                         if what(&page) {
                             return page;
                         }
-                        std::thread::yield_now(); // the test harness's watchdog ends what never comes
+                        // Polls; the harness's watchdog ends what never comes.
+                        std::thread::sleep(Duration::from_millis(1));
                     }
                 };
                 let page = until(0, &|p| p.stuck_since > 0 && p.waiting_for == [VICTIM]);

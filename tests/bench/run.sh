@@ -25,6 +25,9 @@ trap finish EXIT
 
 echo "load average before: $(cut -d' ' -f1-3 /proc/loadavg)"
 "$python" "$here/allreduce.py" --json "$out/allreduce.json"
+"$python" "$here/reduce.py" --json "$out/reduce.json"
+"$ff" reduce perf -b 8 -e 64M -f 8 | tee "$out/perf-shm.txt"
+"$ff" reduce perf -b 8 -e 64M -f 8 -g 2 --nodes 2 | tee "$out/perf-tcp.txt"
 
 "$ff" up --port-base 0 >/dev/null
 "$python" "$here/submit.py" --ff "$ff" --json "$out/submit.json"

@@ -1,9 +1,11 @@
 //! The commands, one file each.
 
+pub mod doctor;
 pub mod fs;
 pub mod job;
 pub mod network;
 pub mod node;
+pub mod perf;
 pub mod quickstart;
 pub mod reduce;
 pub mod run;

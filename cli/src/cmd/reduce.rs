@@ -1,163 +1,29 @@
-//! `ff reduce`: look at how ranks reach each other.
+//! `ff reduce`: measures collectives, and how ranks reach each other.
 
-use crate::cmd::status::table;
+use crate::cmd::{doctor, perf};
 use crate::context::Global;
-use anyhow::{Context, Result, bail};
-use firefly_net::{Fabric, FabricReport};
-use firefly_reduce::Communicator;
-use firefly_reduce::doctor::{Effort, Report, examine};
-use firefly_types::ClusterSecret;
-use std::process::{Command, ExitCode};
+use anyhow::Result;
+use std::process::ExitCode;
 
-/// Look at how ranks reach each other
+/// Measure collectives, and how ranks reach each other
 #[derive(clap::Subcommand, Clone, Debug)]
 pub enum ReduceCommand {
+    /// Measure collectives: latency and bandwidth by size, in the columns of nccl-tests
+    ///
+    /// Within a job (WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT as torchrun or `ff job` set them) run it
+    /// as every rank; rank 0 prints. Elsewhere it starts ranks on this machine by itself.
+    Perf(perf::PerfArgs),
     /// Measure every pair of ranks: transport, why not RDMA, round trip, bandwidth, clocks
     ///
     /// Within a job (WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT as torchrun or `ff job` set them) run it
     /// as every rank; rank 0 prints. Elsewhere it starts ranks on this machine by itself.
-    Doctor(DoctorArgs),
-}
-
-/// What to measure.
-#[derive(clap::Args, Clone, Debug)]
-pub struct DoctorArgs {
-    /// Ranks to start on this machine, outside of a job
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..=64))]
-    ranks: u32,
-    /// Let the ranks that are started here reach each other by the network instead of shared memory
-    #[arg(long)]
-    network: bool,
-    /// MiB of one message for the bandwidth
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    mib: u32,
+    Doctor(doctor::DoctorArgs),
 }
 
 /// Runs `ff reduce`.
 pub fn run(command: &ReduceCommand, global: &Global) -> Result<ExitCode> {
-    let ReduceCommand::Doctor(args) = command;
-    match std::env::var_os("WORLD_SIZE") {
-        Some(_) => rank(args, global),
-        None => start(args, global),
+    match command {
+        ReduceCommand::Perf(args) => perf::run(args, global),
+        ReduceCommand::Doctor(args) => doctor::run(args, global),
     }
-}
-
-/// Starts the ranks on this machine.
-fn start(args: &DoctorArgs, global: &Global) -> Result<ExitCode> {
-    let program = std::env::current_exe().context("cannot find this program's own file")?;
-    // Free when asked, and asked right before it is used.
-    let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-    let secret = ClusterSecret::generate().to_hex();
-    let mut children = Vec::new();
-    for rank in 0..args.ranks {
-        let mut command = Command::new(&program);
-        command.args(["reduce", "doctor", "--mib", &args.mib.to_string()]);
-        if global.json {
-            command.arg("--json");
-        }
-        command
-            .env("RANK", rank.to_string())
-            .env("WORLD_SIZE", args.ranks.to_string())
-            .env("MASTER_ADDR", "127.0.0.1")
-            .env("MASTER_PORT", port.to_string())
-            .env("FIREFLY_JOB_SECRET", &secret);
-        if args.network {
-            command.env("FIREFLY_NODE_ID", format!("rank {rank}"));
-        }
-        children.push((rank, command.spawn().with_context(|| format!("cannot start rank {rank}"))?));
-    }
-    let mut failed = Vec::new();
-    for (rank, mut child) in children {
-        if !child.wait()?.success() {
-            failed.push(rank.to_string());
-        }
-    }
-    if !failed.is_empty() {
-        bail!("ranks that failed: {}; their messages are above", failed.join(", "));
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// One rank of the group.
-fn rank(args: &DoctorArgs, global: &Global) -> Result<ExitCode> {
-    let group = Communicator::from_env()?;
-    let effort = Effort { bytes: args.mib as usize * (1 << 20), ..Effort::default() };
-    let report = examine(&group, &effort)?;
-    if group.rank() == 0 {
-        print(&report, &Fabric::shared().report(), global.json)?;
-    }
-    // Nobody leaves while another still reads.
-    group.barrier()?;
-    Ok(ExitCode::SUCCESS)
-}
-
-fn micros(ns: f64) -> String {
-    format!("{:.1}", ns / 1e3)
-}
-
-fn print(report: &Report, fabric: &FabricReport, json: bool) -> Result<()> {
-    let slow = report.slow();
-    if json {
-        let pairs: Vec<_> = report
-            .pairs
-            .iter()
-            .map(|p| {
-                serde_json::json!({
-                    "a": p.a,
-                    "b": p.b,
-                    "transport": p.transport,
-                    "why_not_rdma": p.why_not_rdma,
-                    "round_trip_us": p.round_trip.as_nanos() as f64 / 1e3,
-                    "there_bytes_per_second": p.there,
-                    "back_bytes_per_second": p.back,
-                    "clock_offset_ns": p.clock_offset_ns,
-                    "clock_error_ns": p.clock_error_ns,
-                    "slow": slow.contains(&p),
-                })
-            })
-            .collect();
-        let value = serde_json::json!({
-            "ranks": report.size,
-            "pairs": pairs,
-            "slow_rank": report.slow_rank(),
-            "network_of_rank_0": fabric,
-        });
-        println!("{}", serde_json::to_string_pretty(&value)?);
-        return Ok(());
-    }
-    let header = ["pair", "transport", "round trip us", "there GB/s", "back GB/s", "clock us", ""];
-    let mut rows = table(&header);
-    for p in &report.pairs {
-        rows.add_row([
-            format!("{} - {}", p.a, p.b),
-            p.transport.clone(),
-            micros(p.round_trip.as_nanos() as f64),
-            format!("{:.2}", p.there / 1e9),
-            format!("{:.2}", p.back / 1e9),
-            format!("{} ± {}", micros(p.clock_offset_ns as f64), micros(p.clock_error_ns as f64)),
-            if slow.contains(&p) { "SLOW".into() } else { String::new() },
-        ]);
-    }
-    println!("{rows}");
-    // Each reason once, with the pairs that it is about.
-    let mut reasons: Vec<(&str, Vec<String>)> = Vec::new();
-    for p in &report.pairs {
-        let Some(why) = &p.why_not_rdma else { continue };
-        let pair = format!("{} - {}", p.a, p.b);
-        match reasons.iter_mut().find(|(known, _)| known == why) {
-            Some((_, pairs)) => pairs.push(pair),
-            None => reasons.push((why, vec![pair])),
-        }
-    }
-    for (why, pairs) in reasons {
-        println!("no RDMA between {}: {why}", pairs.join(", "));
-    }
-    match (report.slow_rank(), slow.first()) {
-        (Some(rank), _) => println!("slow: every pair with rank {rank}; look at its host"),
-        (None, Some(pair)) => {
-            println!("slow: between ranks {} and {}, less than half of what most pairs have", pair.a, pair.b);
-        }
-        (None, None) => {}
-    }
-    Ok(())
 }

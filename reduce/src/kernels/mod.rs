@@ -53,6 +53,49 @@ impl Tier {
     }
 }
 
+/// One evaluation of a part of the canonical tree: the whole of it, or a subtree whose result others
+/// go on with in the partial type.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Stage {
+    pub(crate) from: DType,
+    pub(crate) to: DType,
+    pub(crate) op: ReduceOp,
+    /// Divide at the end: of an average, by the number of all ranks.
+    pub(crate) divide: Option<u32>,
+}
+
+/// The type of partial results: low-precision elements are rounded once, at the root.
+pub(crate) fn partial(dtype: DType) -> DType {
+    match dtype {
+        DType::F16 | DType::BF16 | DType::F8E4M3FN | DType::F8E5M2 => DType::F32,
+        other => other,
+    }
+}
+
+impl Stage {
+    /// The whole tree over `ranks`.
+    pub(crate) fn whole(dtype: DType, op: ReduceOp, ranks: usize) -> Self {
+        Self { from: dtype, to: dtype, op, divide: (op == ReduceOp::Avg).then_some(ranks as u32) }
+    }
+
+    /// A subtree with ranks' inputs as leaves.
+    pub(crate) fn leaves(dtype: DType, op: ReduceOp) -> Self {
+        let op = if op == ReduceOp::Avg { ReduceOp::Sum } else { op };
+        Self { from: dtype, to: partial(dtype), op, divide: None }
+    }
+
+    /// Partial results to a partial result.
+    pub(crate) fn inner(dtype: DType, op: ReduceOp) -> Self {
+        let op = if matches!(op, ReduceOp::Avg | ReduceOp::PremulSum(_)) { ReduceOp::Sum } else { op };
+        Self { from: partial(dtype), to: partial(dtype), op, divide: None }
+    }
+
+    /// Partial results to the result, over `ranks` in all.
+    pub(crate) fn root(dtype: DType, op: ReduceOp, ranks: usize) -> Self {
+        Self { to: dtype, divide: (op == ReduceOp::Avg).then_some(ranks as u32), ..Self::inner(dtype, op) }
+    }
+}
+
 /// Reduces `srcs` (one per rank, in rank order) into `dst` along the canonical tree.
 ///
 /// `factors` holds one factor per rank for [`ReduceOp::PremulSum`] and is not read otherwise.
@@ -70,6 +113,24 @@ pub unsafe fn reduce(
     factors: &[f64],
     count: usize,
 ) {
+    // SAFETY: the caller's promises are the callee's.
+    unsafe { reduce_stage(tier, Stage::whole(dtype, op, srcs.len()), dst, srcs, factors, count) }
+}
+
+/// As [`reduce`], for a part of the tree.
+///
+/// # Safety
+/// As [`reduce`], where sources hold elements of `stage.from` and `dst` of `stage.to`; `dst` may be a
+/// source only if the two are equal.
+pub(crate) unsafe fn reduce_stage(
+    tier: Tier,
+    stage: Stage,
+    dst: *mut u8,
+    srcs: &[*const u8],
+    factors: &[f64],
+    count: usize,
+) {
+    let Stage { from, to, op, divide } = stage;
     debug_assert!(!srcs.is_empty());
     let _environment = DefaultFloatEnvironment::enter();
     let factors = match op {
@@ -79,29 +140,41 @@ pub unsafe fn reduce(
         }
         _ => None,
     };
-    let divide = (op == ReduceOp::Avg).then_some(srcs.len() as u32);
     #[cfg(target_arch = "x86_64")]
-    if factors.is_none() && matches!(op, ReduceOp::Sum | ReduceOp::Avg) {
+    if from == to && factors.is_none() && matches!(op, ReduceOp::Sum | ReduceOp::Avg) {
         // SAFETY: the caller's promises are the callee's; `tier` is what the machine has.
-        if unsafe { x86::sum(tier.min(Tier::best()), dtype, dst, srcs, divide, count) } {
+        if unsafe { x86::sum(tier.min(Tier::best()), from, dst, srcs, divide, count) } {
             return;
         }
     }
     let _ = tier;
     macro_rules! run {
-        ($($dtype:ident => $element:ty),* $(,)?) => {
-            match dtype {
-                $(DType::$dtype => {
+        ($($dtype:ident => $element:ty),* ; $($low:ident => $low_element:ty),* $(,)?) => {
+            match (from, to) {
+                $((DType::$dtype, DType::$dtype) => {
                     // SAFETY: the caller's promises are the callee's.
-                    unsafe { tree::run::<$element>(op, dst.cast(), srcs, factors, divide, count) }
+                    unsafe { tree::run::<$element, $element>(op, dst.cast(), srcs, factors, divide, count) }
                 })*
+                $((DType::$low, DType::$low) => {
+                    // SAFETY: as above.
+                    unsafe { tree::run::<$low_element, $low_element>(op, dst.cast(), srcs, factors, divide, count) }
+                }
+                (DType::$low, DType::F32) => {
+                    // SAFETY: as above.
+                    unsafe { tree::run::<$low_element, f32>(op, dst.cast(), srcs, factors, divide, count) }
+                }
+                (DType::F32, DType::$low) => {
+                    // SAFETY: as above.
+                    unsafe { tree::run::<f32, $low_element>(op, dst.cast(), srcs, factors, divide, count) }
+                })*
+                _ => unreachable!("{from} is no partial type of {to}, nor the other way round"),
             }
         };
     }
     run! {
         U8 => u8, I8 => i8, I16 => i16, I32 => i32, I64 => i64, U16 => u16, U32 => u32, U64 => u64,
-        Bool => Flag, F16 => F16, BF16 => Bf16, F32 => f32, F64 => f64, Complex64 => Complex32,
-        Complex128 => Complex64, F8E4M3FN => F8E4M3, F8E5M2 => F8E5M2,
+        Bool => Flag, F32 => f32, F64 => f64, Complex64 => Complex32, Complex128 => Complex64;
+        F16 => F16, BF16 => Bf16, F8E4M3FN => F8E4M3, F8E5M2 => F8E5M2,
     }
 }
 

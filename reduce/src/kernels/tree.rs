@@ -11,10 +11,10 @@ const BLOCK_BYTES: usize = 2048;
 const LEVELS: usize = 14;
 
 /// # Safety
-/// As [`super::reduce`]; `T` is the type of `dtype`.
-pub(super) unsafe fn run<T: Element>(
+/// As [`super::reduce_stage`]; `T` is the type of `from`, `O` of `to`.
+pub(super) unsafe fn run<T: Element, O: Element<Acc = T::Acc>>(
     op: ReduceOp,
-    dst: *mut T,
+    dst: *mut O,
     srcs: &[*const u8],
     factors: Option<&[f64]>,
     divide: Option<u32>,
@@ -23,7 +23,7 @@ pub(super) unsafe fn run<T: Element>(
     macro_rules! with {
         ($combine:expr) => {
             // SAFETY: the caller's promises are the callee's.
-            unsafe { tree::<T>(dst, srcs, factors, divide, count, $combine) }
+            unsafe { tree::<T, O>(dst, srcs, factors, divide, count, $combine) }
         };
     }
     match op {
@@ -40,8 +40,8 @@ pub(super) unsafe fn run<T: Element>(
 /// # Safety
 /// As [`super::reduce`].
 #[inline(always)]
-unsafe fn tree<T: Element>(
-    dst: *mut T,
+unsafe fn tree<T: Element, O: Element<Acc = T::Acc>>(
+    dst: *mut O,
     srcs: &[*const u8],
     factors: Option<&[f64]>,
     divide: Option<u32>,
@@ -122,13 +122,13 @@ unsafe fn tree<T: Element>(
             None => {
                 for k in 0..len {
                     // SAFETY: k < len, and level 0 is written up to len.
-                    unsafe { out.add(k).write(T::narrow(scratch.add(k).read())) };
+                    unsafe { out.add(k).write(O::narrow(scratch.add(k).read())) };
                 }
             }
             Some(by) => {
                 for k in 0..len {
                     // SAFETY: k < len, and level 0 is written up to len.
-                    unsafe { out.add(k).write(T::narrow(scratch.add(k).read().divide(by))) };
+                    unsafe { out.add(k).write(O::narrow(scratch.add(k).read().divide(by))) };
                 }
             }
         }

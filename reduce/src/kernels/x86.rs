@@ -267,5 +267,5 @@ unsafe fn rest<T: Wide>(dst: *mut T, srcs: &[*const u8], divide: Option<u32>, at
         None => std::ptr::null(),
     });
     // SAFETY: as above; the slice holds as many sources as there are.
-    unsafe { tree::run(ReduceOp::Sum, dst.add(at), &left[..srcs.len()], None, divide, count - at) };
+    unsafe { tree::run::<T, T>(ReduceOp::Sum, dst.add(at), &left[..srcs.len()], None, divide, count - at) };
 }

@@ -1,6 +1,8 @@
 //! Collectives as small state machines: each posts transfers, and is told what happened to them.
 
+pub(crate) mod doubling;
 pub(crate) mod exchange;
+pub(crate) mod levels;
 pub(crate) mod reduce;
 
 use crate::ReduceError;
@@ -9,7 +11,9 @@ use crate::kernels::Tier;
 use crate::scratch::Scratch;
 use crate::shm::arena::{Arena, ArenaOp};
 use crate::wire::{Event, Wire};
+use doubling::Rounds;
 use exchange::Exchange;
+use levels::TwoLevels;
 use reduce::WireReduce;
 
 /// What a running collective may use.
@@ -29,8 +33,11 @@ pub(crate) struct Context<'a> {
 /// How a collective is carried out.
 pub(crate) enum Body {
     Exchange(Exchange),
-    Reduce(WireReduce),
+    Reduce(Box<WireReduce>),
     Arena(ArenaOp),
+    // Boxed: they are large, and most operations are others.
+    Rounds(Box<Rounds>),
+    Levels(Box<TwoLevels>),
 }
 
 // SAFETY: the raw pointers are memory of a submitted operation, handed over with it.
@@ -42,6 +49,8 @@ impl Body {
         match self {
             Self::Exchange(op) => op.begin(cx),
             Self::Reduce(op) => op.begin(cx),
+            Self::Rounds(op) => op.begin(cx),
+            Self::Levels(op) => op.begin(),
             Self::Arena(op) => op.begin(cx.arena.as_mut().expect("chosen only where there is an arena")),
         }
     }
@@ -50,6 +59,8 @@ impl Body {
         match self {
             Self::Exchange(op) => op.event(event),
             Self::Reduce(op) => op.event(event),
+            Self::Rounds(op) => op.event(event),
+            Self::Levels(op) => op.event(event),
             Self::Arena(_) => {}
         }
     }
@@ -59,6 +70,8 @@ impl Body {
         match self {
             Self::Exchange(op) => Ok(op.poll(cx)),
             Self::Reduce(op) => Ok(op.poll(cx)),
+            Self::Rounds(op) => Ok(op.poll(cx)),
+            Self::Levels(op) => op.poll(cx),
             Self::Arena(op) => {
                 let arena = cx.arena.as_ref().expect("chosen only where there is an arena");
                 op.poll(arena, cx.sequence, &cx.descriptor, cx.tier)
@@ -70,6 +83,8 @@ impl Body {
         match self {
             Self::Exchange(op) => op.done(),
             Self::Reduce(op) => op.done(),
+            Self::Rounds(op) => op.done(),
+            Self::Levels(op) => op.done(),
             Self::Arena(op) => op.done(),
         }
     }
@@ -77,7 +92,8 @@ impl Body {
     /// Ranks that this one waits for.
     pub(crate) fn missing(&self, wire: &Wire, arena: Option<&Arena>, sequence: u64) -> Vec<u32> {
         match self {
-            Self::Exchange(_) => wire.waiting_for(sequence),
+            Self::Exchange(_) | Self::Rounds(_) => wire.waiting_for(sequence),
+            Self::Levels(op) => op.missing(wire, arena, sequence),
             Self::Reduce(op) => op.missing(wire, sequence),
             Self::Arena(op) => arena.map(|a| op.missing(a)).unwrap_or_default(),
         }

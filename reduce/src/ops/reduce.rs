@@ -4,16 +4,17 @@
 //!
 //! Cost per rank for an all-reduce of S bytes over N ranks: 2 (N-1)/N S each way, the least that
 //! is possible, in two rounds; 2 (N-1) messages per piece. With L ranks per node it sends L times
-//! what a two-level scheme would send between nodes: the price of a tree that does not depend on
-//! placement when a node's ranks are no subtree of it.
+//! what two levels ([`super::levels`]) send between nodes: the price of a tree that does not depend on
+//! placement where a node's ranks are no subtree of it.
 
 use super::Context;
-use crate::dtype::{DType, ReduceOp};
-use crate::kernels;
+use crate::kernels::{self, Stage};
+use crate::scratch::{Line, lines};
 use crate::wire::{Event, Wire};
+use std::sync::Arc;
 
 /// Marks the parts that carry results.
-const RESULT: u32 = 1 << 31;
+pub(super) const RESULT: u32 = 1 << 19;
 /// Pieces of the own slice under way at once: one is reduced while the next arrive.
 const WINDOW: usize = 3;
 /// All contributions under way fit in about this much.
@@ -43,19 +44,27 @@ pub(crate) enum Wanted {
 
 /// See the module.
 pub(crate) struct WireReduce {
-    dtype: DType,
-    op: ReduceOp,
+    stage: Stage,
+    /// Of this rank's contribution.
+    factor: f64,
+    /// The ranks that take part, in the order of the tree; indices below are places in it.
+    members: Arc<[u32]>,
+    /// Comes before all part numbers.
+    base: u32,
     slices: Vec<Slice>,
     wanted: Wanted,
     /// Elements of a piece.
     piece: usize,
     staging: *mut u8,
+    /// Where staging is, if not in the group's scratch.
+    memory: Vec<Line>,
     /// Results that only pass through this rank on their way to the root; null if there are none.
     passing: *mut u8,
     me: usize,
     factors: Vec<f64>,
-    /// Contributions to the own slice that each rank has sent, in pieces.
-    contributed: Vec<usize>,
+    /// Which contributions to the pieces under way have come, by (piece, member) as staging. A small
+    /// last piece is sent at once, and overtakes a large one that waits to be asked for.
+    contributed: Vec<bool>,
     /// Results that each rank has sent, in pieces.
     results: Vec<usize>,
     next: usize,
@@ -64,21 +73,32 @@ pub(crate) struct WireReduce {
 }
 
 impl WireReduce {
-    pub(crate) fn new(dtype: DType, op: ReduceOp, slices: Vec<Slice>, wanted: Wanted) -> Self {
+    /// `slices` are the members', in their order; outputs hold elements of `stage.to`.
+    pub(crate) fn new(
+        stage: Stage,
+        factor: f64,
+        members: Arc<[u32]>,
+        base: u32,
+        slices: Vec<Slice>,
+        wanted: Wanted,
+    ) -> Self {
         let ranks = slices.len();
         // Depends on the group's size and the type alone: all ranks cut alike.
         let piece_bytes = (STAGING_BYTES / WINDOW / ranks.max(1)).clamp(16 << 10, 512 << 10) & !63;
         Self {
-            dtype,
-            op,
+            stage,
+            factor,
+            members,
+            base,
             slices,
             wanted,
-            piece: piece_bytes / dtype.size(),
+            piece: piece_bytes / stage.from.size(),
             staging: std::ptr::null_mut(),
+            memory: Vec::new(),
             passing: std::ptr::null_mut(),
             me: 0,
-            factors: vec![op.factor(); ranks],
-            contributed: vec![0; ranks],
+            factors: vec![factor; ranks],
+            contributed: vec![false; WINDOW * ranks],
             results: vec![0; ranks],
             next: 0,
             outstanding: 0,
@@ -97,7 +117,7 @@ impl WireReduce {
     }
 
     fn stride(&self) -> usize {
-        (self.piece * self.dtype.size()).next_multiple_of(64)
+        (self.piece * self.stage.from.size()).next_multiple_of(64)
     }
 
     /// Staging of `rank`'s contribution to piece `piece` of the own slice.
@@ -108,13 +128,21 @@ impl WireReduce {
     }
 
     pub(super) fn begin(&mut self, cx: &mut Context<'_>) {
-        let (me, ranks) = (cx.rank as usize, self.slices.len());
+        let ranks = self.slices.len();
+        let me = self.members.iter().position(|&r| r == cx.rank).expect("this rank takes part");
         self.begun = true;
         self.me = me;
+        let (from, to) = (self.stage.from.size(), self.stage.to.size());
         let window = WINDOW * ranks * self.stride();
         let slice = self.slices[me];
-        let passing = if slice.output.is_null() { slice.count * self.dtype.size() } else { 0 };
-        self.staging = cx.scratch.take(window + passing);
+        let passing = if slice.output.is_null() { slice.count * to } else { 0 };
+        // The scratch is for one operation at a time; of parts of one there may be several.
+        self.staging = if self.base == 0 {
+            cx.scratch.take(window + passing)
+        } else {
+            self.memory = lines(window + passing);
+            self.memory.as_mut_ptr().cast()
+        };
         if passing > 0 {
             // SAFETY: window + passing bytes were taken.
             self.passing = unsafe { self.staging.add(window) };
@@ -128,14 +156,13 @@ impl WireReduce {
             for piece in 0..self.pieces(rank) {
                 let (start, len) = self.range(rank, piece);
                 // SAFETY: inside the slice's output.
-                let ptr = unsafe { self.slices[rank].output.add(start * self.dtype.size()) };
-                let part = RESULT | piece as u32;
-                let bytes = len * self.dtype.size();
-                cx.wire.recv(rank as u32, cx.sequence, part, cx.descriptor, ptr, bytes);
+                let ptr = unsafe { self.slices[rank].output.add(start * to) };
+                let part = self.base | RESULT | piece as u32;
+                cx.wire.recv(self.members[rank], cx.sequence, part, cx.descriptor, ptr, len * to);
                 self.outstanding += 1;
             }
         }
-        let extra = self.op.factor().to_bits();
+        let extra = self.factor.to_bits();
         let most = (0..ranks).map(|r| self.pieces(r)).max().unwrap_or(0);
         // Piece by piece over the peers, each rank starting with its successor, so that no rank
         // is everybody's first target.
@@ -146,9 +173,9 @@ impl WireReduce {
                 }
                 let (start, len) = self.range(rank, piece);
                 // SAFETY: inside the slice's input.
-                let ptr = unsafe { self.slices[rank].input.add(start * self.dtype.size()) };
-                let bytes = len * self.dtype.size();
-                cx.wire.send(rank as u32, cx.sequence, piece as u32, cx.descriptor, extra, ptr, bytes);
+                let ptr = unsafe { self.slices[rank].input.add(start * from) };
+                let part = self.base | piece as u32;
+                cx.wire.send(self.members[rank], cx.sequence, part, cx.descriptor, extra, ptr, len * from);
                 self.outstanding += 1;
             }
         }
@@ -156,11 +183,12 @@ impl WireReduce {
 
     /// Posts staging for every rank's contribution to `piece` of the own slice.
     fn expect(&mut self, cx: &mut Context<'_>, piece: usize) {
-        let me = cx.rank as usize;
-        let bytes = self.range(me, piece).1 * self.dtype.size();
+        let me = self.me;
+        let bytes = self.range(me, piece).1 * self.stage.from.size();
         for rank in (0..self.slices.len()).filter(|&r| r != me) {
             let ptr = self.place(rank, piece);
-            cx.wire.recv(rank as u32, cx.sequence, piece as u32, cx.descriptor, ptr, bytes);
+            let part = self.base | piece as u32;
+            cx.wire.recv(self.members[rank], cx.sequence, part, cx.descriptor, ptr, bytes);
             self.outstanding += 1;
         }
     }
@@ -170,11 +198,14 @@ impl WireReduce {
             Event::Sent { .. } => self.outstanding -= 1,
             Event::Received { peer, part, extra, .. } => {
                 self.outstanding -= 1;
+                let place = self.members.iter().position(|&r| r == peer).expect("only members send");
                 if part & RESULT != 0 {
-                    self.results[peer as usize] += 1;
+                    self.results[place] += 1;
                 } else {
-                    self.contributed[peer as usize] += 1;
-                    self.factors[peer as usize] = f64::from_bits(extra);
+                    let piece = (part & (RESULT - 1)) as usize;
+                    let row = (piece % WINDOW) * self.members.len();
+                    self.contributed[row + place] = true;
+                    self.factors[place] = f64::from_bits(extra);
                 }
             }
             Event::P2pSent { .. } | Event::P2pReceived { .. } => {}
@@ -182,57 +213,60 @@ impl WireReduce {
     }
 
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> bool {
-        let me = cx.rank as usize;
+        let me = self.me;
         let mut moved = false;
-        // Contributions of one rank arrive in order, because links are ordered and pieces are
-        // posted in order.
-        while self.next < self.pieces(me)
-            && (0..self.slices.len()).all(|r| r == me || self.contributed[r] > self.next)
-        {
+        while self.next < self.pieces(me) && (0..self.slices.len()).all(|r| self.has(r)) {
             self.reduce_piece(cx);
             moved = true;
         }
         moved
     }
 
+    /// Whether a member's contribution to the next piece is there.
+    fn has(&self, member: usize) -> bool {
+        member == self.me || self.contributed[(self.next % WINDOW) * self.members.len() + member]
+    }
+
     fn reduce_piece(&mut self, cx: &mut Context<'_>) {
-        let me = cx.rank as usize;
+        let me = self.me;
         let piece = self.next;
         let (start, len) = self.range(me, piece);
-        let size = self.dtype.size();
+        let (from, to) = (self.stage.from.size(), self.stage.to.size());
         let slice = self.slices[me];
         // SAFETY: inside the slice's input and, if there is one, output.
-        let own = unsafe { slice.input.add(start * size) };
+        let own = unsafe { slice.input.add(start * from) };
         let srcs: Vec<*const u8> = (0..self.slices.len())
             .map(|r| if r == me { own } else { self.place(r, piece).cast_const() })
             .collect();
         let dst = if slice.output.is_null() {
             // SAFETY: inside the block that begin() took for a slice without an output.
-            unsafe { self.passing.add(start * size) }
+            unsafe { self.passing.add(start * to) }
         } else {
             // SAFETY: as above.
-            unsafe { slice.output.add(start * size) }
+            unsafe { slice.output.add(start * to) }
         };
         // SAFETY: the sources hold len elements: staging fully received, own input as submitted;
         // dst is staging of its own or the output, equal to the own input or apart from it.
-        unsafe { kernels::reduce(cx.tier, self.dtype, self.op, dst, &srcs, &self.factors, len) };
-        *cx.reduced_bytes += (srcs.len() * len * size) as u64;
-        let part = RESULT | piece as u32;
+        unsafe { kernels::reduce_stage(cx.tier, self.stage, dst, &srcs, &self.factors, len) };
+        *cx.reduced_bytes += (srcs.len() * len * from) as u64;
+        let part = self.base | RESULT | piece as u32;
         let (sequence, descriptor) = (cx.sequence, cx.descriptor);
         let ranks = self.slices.len();
         match self.wanted {
             Wanted::ByAll => {
                 for rank in (1..ranks).map(|d| (me + d) % ranks) {
-                    cx.wire.send(rank as u32, sequence, part, descriptor, 0, dst, len * size);
+                    cx.wire.send(self.members[rank], sequence, part, descriptor, 0, dst, len * to);
                     self.outstanding += 1;
                 }
             }
             Wanted::By(root) if root as usize != me => {
-                cx.wire.send(root, sequence, part, descriptor, 0, dst, len * size);
+                cx.wire.send(root, sequence, part, descriptor, 0, dst, len * to);
                 self.outstanding += 1;
             }
             Wanted::By(_) | Wanted::ByOwner => {}
         }
+        let row = (piece % WINDOW) * ranks;
+        self.contributed[row..row + ranks].fill(false);
         self.next += 1;
         if piece + WINDOW < self.pieces(me) {
             self.expect(cx, piece + WINDOW);
@@ -246,11 +280,10 @@ impl WireReduce {
     pub(super) fn missing(&self, wire: &Wire, sequence: u64) -> Vec<u32> {
         let waiting = wire.waiting_for(sequence);
         // Who has not contributed is to blame; who has not sent a result may itself wait.
-        let me = wire.rank() as usize;
+        let me = self.me;
         if self.next < self.pieces(me) {
-            let blamed: Vec<u32> = (0..self.slices.len() as u32)
-                .filter(|&r| r as usize != me && self.contributed[r as usize] <= self.next)
-                .collect();
+            let blamed: Vec<u32> =
+                (0..self.slices.len()).filter(|&r| !self.has(r)).map(|r| self.members[r]).collect();
             if !blamed.is_empty() {
                 return blamed;
             }

@@ -20,7 +20,7 @@ use super::segment::{Control, SLOT_BYTES, SLOTS, Segment};
 use crate::ReduceError;
 use crate::dtype::{DType, ReduceOp};
 use crate::header::Descriptor;
-use crate::kernels::{self, Tier};
+use crate::kernels::{self, Stage, Tier};
 use crate::ops::exchange::OwnBlock;
 use std::cell::Cell;
 use std::sync::Arc;
@@ -31,8 +31,11 @@ const WHOLE_BYTES: usize = 32 << 10;
 
 /// The slots of all ranks of this node, as one rank sees them.
 pub(crate) struct Arena {
+    /// This rank's place among the ranks of its node; so are all "ranks" here, except in messages.
     rank: usize,
-    /// Indexed by rank; this rank's own is `mine`.
+    /// What the group calls the ranks of this node.
+    names: Vec<u32>,
+    /// Indexed by place.
     segments: Vec<Arc<Segment>>,
     bells: Vec<Arc<Doorbell>>,
     /// Steps of all operations that this rank has begun.
@@ -85,6 +88,8 @@ pub(crate) struct ArenaOp {
     pub(crate) outputs: Vec<*mut u8>,
     /// A root's own block of a broadcast that is not in place.
     pub(crate) own: Option<OwnBlock>,
+    /// What is reduced is one part of a larger tree, and comes out as a partial result.
+    pub(crate) part_of_tree: bool,
     first: u64,
     steps: u64,
     staged: u64,
@@ -100,9 +105,15 @@ struct Range {
 }
 
 impl Arena {
-    /// `segments[r]` is rank r's, `bells` are the other ranks'.
-    pub(crate) fn new(rank: usize, segments: Vec<Arc<Segment>>, bells: Vec<Arc<Doorbell>>) -> Self {
-        Self { rank, segments, bells, begun: 0, counted: Cell::default() }
+    /// `names` are the ranks of this node, `rank` this one's place among them; `segments[i]` is that of
+    /// the rank at place i, `bells` are the other ranks'.
+    pub(crate) fn new(
+        rank: usize,
+        names: Vec<u32>,
+        segments: Vec<Arc<Segment>>,
+        bells: Vec<Arc<Doorbell>>,
+    ) -> Self {
+        Self { rank, names, segments, bells, begun: 0, counted: Cell::default() }
     }
 
     fn control(&self, rank: usize) -> &Control {
@@ -149,6 +160,7 @@ impl ArenaOp {
             inputs,
             outputs,
             own: None,
+            part_of_tree: false,
             first: 0,
             steps: 0,
             staged: 0,
@@ -163,7 +175,16 @@ impl ArenaOp {
             Mode::ReduceScatter => (SLOT_BYTES / ranks) & !63,
             _ => SLOT_BYTES,
         };
-        bytes / self.dtype.size()
+        // The output half holds as many elements as the input half, in the type they come out in.
+        bytes / self.dtype.size().max(self.tree_stage(ranks).to.size())
+    }
+
+    fn tree_stage(&self, ranks: usize) -> Stage {
+        if self.part_of_tree {
+            Stage::leaves(self.dtype, self.op)
+        } else {
+            Stage::whole(self.dtype, self.op, ranks)
+        }
     }
 
     /// Whether blocks of this many ranks fit the slots at all.
@@ -270,7 +291,7 @@ impl ArenaOp {
             arena
                 .others()
                 .filter(|&r| reads(r) && counter(arena.control(r)) <= step)
-                .map(|r| r as u32)
+                .map(|r| arena.names[r])
                 .collect::<Vec<_>>()
         };
         if self.reduced < self.staged {
@@ -355,10 +376,10 @@ impl ArenaOp {
         if theirs != sequence || their_descriptor != *descriptor {
             return Err(ReduceError::Mismatch {
                 detail: format!(
-                    "ranks disagree about operation {sequence}: rank {} issued {descriptor}, rank {rank} issued \
+                    "ranks disagree about operation {sequence}: rank {} issued {descriptor}, rank {} issued \
                      {their_descriptor} as its operation {theirs}; all ranks must issue the same collectives in \
                      the same order",
-                    arena.rank
+                    arena.names[arena.rank], arena.names[rank]
                 ),
             });
         }
@@ -414,15 +435,18 @@ impl ArenaOp {
                 let share = self.share(range, arena.rank, ranks);
                 let srcs = sources(share.start, user(self.inputs[0], range.start + share.start));
                 let slot = arena.segments[arena.rank].slot_output(step);
+                let stage = self.tree_stage(ranks);
                 // SAFETY: as above; dst is this rank's output slot, whose last readers are done.
-                unsafe { kernels::reduce(tier, self.dtype, self.op, slot, &srcs, &factors, share.len) };
+                unsafe { kernels::reduce_stage(tier, stage, slot, &srcs, &factors, share.len) };
                 arena.count(0, (ranks - 1) * share.len * size, ranks * share.len * size);
                 let wanted = self.mode == (Mode::AllReduce { whole: false })
                     || self.mode == (Mode::Reduce { root: arena.rank });
                 if wanted {
-                    let dst = user(self.outputs[0], range.start + share.start).cast_mut();
-                    // SAFETY: both hold share.len elements.
-                    unsafe { std::ptr::copy_nonoverlapping(slot, dst, share.len * size) };
+                    // SAFETY: both hold share.len elements of the type that comes out.
+                    unsafe {
+                        let dst = self.outputs[0].add((range.start + share.start) * stage.to.size());
+                        std::ptr::copy_nonoverlapping(slot, dst, share.len * stage.to.size());
+                    }
                 }
             }
             Mode::ReduceScatter => {
@@ -471,7 +495,7 @@ impl ArenaOp {
         let step = self.first + self.collected;
         let ranks = arena.size();
         let range = self.range(self.collected, ranks);
-        let size = self.dtype.size();
+        let size = self.tree_stage(ranks).to.size();
         for r in arena.others() {
             if !self.reads_output_of(arena, r) {
                 continue;

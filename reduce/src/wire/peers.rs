@@ -40,6 +40,24 @@ impl Wire {
         }
     }
 
+    /// "I have issued operation `sequence`": who waits for it must look elsewhere.
+    pub(super) fn say_here(&mut self, rank: u32, sequence: u64) {
+        if self.standing(rank) == Some(&Standing::Present) {
+            self.post_control(rank, control(MessageKind::Here, self.group, sequence, 0));
+        }
+    }
+
+    /// Ranks that have not said since `asked` that they have issued `sequence`.
+    pub(crate) fn not_here(&self, sequence: u64, asked: Instant) -> Vec<u32> {
+        (0..self.peers.len() as u32)
+            .filter(|&r| {
+                self.peers[r as usize]
+                    .as_ref()
+                    .is_some_and(|p| !p.here.is_some_and(|(said, at)| said >= sequence && at >= asked))
+            })
+            .collect()
+    }
+
     /// "I wait for you in operation `sequence`."
     pub(crate) fn probe(&mut self, rank: u32, sequence: u64, descriptor: Descriptor) {
         if self.standing(rank) == Some(&Standing::Present) {
