@@ -203,10 +203,13 @@ fn a_forked_child_holds_no_device() {
         while device_descriptors(&child.to_string()) > 0 {
             std::thread::yield_now();
         }
+        // SAFETY: our own child.
+        let ended = unsafe { libc::waitpid(child, std::ptr::null_mut(), libc::WNOHANG) };
+        assert_eq!(ended, 0, "it let go of them by itself, not by its end");
         let mut data = [1.0f32; 1000];
         group.allreduce_f32(&mut data, ReduceOp::Sum).unwrap();
         assert_eq!(data, [2.0; 1000]);
-        // SAFETY: our own child.
+        // SAFETY: as above.
         unsafe {
             libc::kill(child, libc::SIGKILL);
             libc::waitpid(child, std::ptr::null_mut(), 0);
