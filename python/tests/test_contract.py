@@ -398,7 +398,8 @@ def test_the_error_file_says_why(tmp_path):
 
     for rank in (0, 2):
         failure = ProcessFailure(rank, 1, 1, str(tmp_path / f"error{rank}.json"))
-        assert names(failure.message, 1), failure.message
+        text = failure.message["message"]
+        assert names(text, 1), text
         assert failure.timestamp > 1_700_000_000
     assert not (tmp_path / "error1.json").exists()
 

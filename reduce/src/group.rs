@@ -157,7 +157,12 @@ impl Group {
             failure: Mutex::new(None),
             timeout_ms: AtomicU64::new(timeout.as_millis() as u64),
             counts: Counts::default(),
-            last_bytes: Mutex::new(Stats::default()),
+            // The peers are known from the start, also to who asks while another holds the engine.
+            last_bytes: Mutex::new(Stats {
+                local_peers: local as u32 - 1,
+                remote_peers: names.size - local as u32,
+                ..Stats::default()
+            }),
             stop: AtomicBool::new(false),
             thread: Mutex::new(None),
             pid: std::process::id(),
