@@ -4,6 +4,10 @@
 //! The tests run the binary that lies beside them in the target folder, so build it first:
 //! `make test` does, and by hand `cargo build -p firefly-cli`.
 
+pub mod history;
+pub mod load;
+pub mod netns;
+
 use firefly_cli::local::{LocalCluster, Shape};
 use firefly_cli::mount::MountProcess;
 use std::path::{Path, PathBuf};
