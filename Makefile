@@ -10,6 +10,9 @@ PYTHON := .venv/bin/python
 ARGS ?=
 SEEDS ?= 2000
 FROM ?= 0
+# For faults.
+SECONDS ?= 600
+SEED ?= 1
 
 .PHONY: help
 help: ## List the targets
@@ -70,6 +73,12 @@ lint: setup-build ## Format and lint
 sim: setup-build ## More simulation: make sim SEEDS=20000 FROM=7000
 	FIREFLY_SIM_SEEDS=$(SEEDS) FIREFLY_SIM_FROM=$(FROM) cargo test --release -p firefly-sim -- --nocapture
 
+.PHONY: faults
+faults: setup-build ## Real processes under faults, with a history checker: make faults SECONDS=600 SEED=7
+	cargo build -p firefly-cli
+	FIREFLY_FAULTS_SECONDS=$(SECONDS) FIREFLY_FAULTS_SEED=$(SEED) \
+		cargo test -p firefly-tests --test nemesis -- --nocapture --test-threads=1
+
 .PHONY: rdma
 rdma: setup-run ## fs3 and collectives over real verbs, in virtual machines with Soft-RoCE
 	tests/rdma-vm/selftest.sh
@@ -84,7 +93,7 @@ kill-matrix: setup-build ## Deaths and stops of ranks before, in and after every
 	FIREFLY_KILL_MATRIX=all cargo test --release -p firefly-reduce --test kill_matrix -- --nocapture
 
 .PHONY: test-all
-test-all: test sim rdma ## The long runs too
+test-all: test sim faults rdma ## The long runs too
 
 .PHONY: bench
 bench: setup-run release python digits ## Figures, as ratios against peers in the same run

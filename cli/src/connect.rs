@@ -6,10 +6,14 @@ use firefly_proto::auth::AddToken;
 use firefly_proto::dial;
 pub use firefly_proto::dial::Authenticated;
 use firefly_proto::mgmtd::manager_client::ManagerClient;
+use firefly_proto::mgmtd::operator_client::OperatorClient;
 use firefly_proto::mgmtd::{GetRoutingRequest, RoutingTable};
 use firefly_proto::scheduler::scheduler_client::SchedulerClient;
 use std::time::Duration;
 use tonic::transport::Channel;
+
+/// The fs3 manager, for operators.
+pub type Operator = OperatorClient<Authenticated>;
 
 async fn channel(what: &str, address: &str) -> Result<Channel> {
     dial::endpoint(address)
@@ -25,6 +29,12 @@ impl Context {
     pub async fn manager(&self) -> Result<ManagerClient<Authenticated>> {
         let channel = channel("fs3 manager", &self.cluster.manager).await?;
         Ok(dial::manager(channel, &self.secret))
+    }
+
+    /// What the fs3 manager answers to operators.
+    pub async fn operator(&self) -> Result<Operator> {
+        let channel = channel("fs3 manager", &self.cluster.manager).await?;
+        Ok(OperatorClient::with_interceptor(channel, AddToken::new(&self.secret)))
     }
 
     /// The scheduler.

@@ -7,6 +7,7 @@ use crate::context::{ClusterDescription, Context};
 use crate::serve::NodeConfig;
 use anyhow::{Context as _, Result, bail};
 use firefly_net::NetOptions;
+pub use firefly_proto::process::start_ticks;
 use firefly_types::{ClusterId, ClusterSecret};
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -153,6 +154,25 @@ impl LocalCluster {
         Ok(())
     }
 
+    /// Lays out one more storage server, which the manager has been told of; returns its name.
+    pub fn add_storage(&self, node: u32) -> Result<String> {
+        let name = format!("storage-{node}");
+        if self.config_path(&name).exists() {
+            bail!("{} exists: choose another number", self.config_path(&name).display());
+        }
+        let context = self.context()?;
+        let manager = context.cluster.manager.parse().context("cluster.toml: the manager's address")?;
+        let listen = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
+        let config = NodeConfig::new(&context.cluster.cluster_id, &self.state.join("secret")).with_storage(
+            &self.state.join(&name),
+            node,
+            listen,
+            manager,
+        );
+        fs::write(self.config_path(&name), toml::to_string_pretty(&config)?)?;
+        Ok(name)
+    }
+
     fn config_path(&self, name: &str) -> PathBuf {
         self.state.join("conf").join(format!("{name}.toml"))
     }
@@ -246,11 +266,19 @@ impl LocalCluster {
         Ok(true)
     }
 
-    /// Stops every role, in the reverse order of their start: politely, and after `grace` by force.
-    /// Calls `progress` with each name. Returns how many ran.
+    /// Stops every role: politely, and after `grace` by force. The reverse order of their start, but
+    /// the manager before the storage servers: nobody is left then to take the servers out of their
+    /// chains one by one, so that all of them are complete when they start again, and none has to be
+    /// filled. Calls `progress` with each name. Returns how many ran.
     pub fn stop(&self, grace: Duration, mut progress: impl FnMut(&str)) -> Result<usize> {
         let mut stopped = 0;
-        for name in self.roles()?.into_iter().rev() {
+        let mut names: Vec<String> = self.roles()?.into_iter().rev().collect();
+        names.sort_by_key(|name| match name.as_str() {
+            storage if storage.starts_with("storage") => 2,
+            "manager" => 1,
+            _ => 0,
+        });
+        for name in names {
             if let Some(record) = self.running(&name) {
                 signal(&record, libc::SIGTERM)?;
                 if !wait_gone(&record, grace) {
@@ -317,18 +345,6 @@ pub(crate) fn detached(program: &Path, log: &Path) -> Result<Command> {
         command.pre_exec(|| rustix::process::setsid().map(|_| ()).map_err(Into::into));
     }
     Ok(command)
-}
-
-/// Start time of a process in ticks since boot; `None` when there is no such process or it is a
-/// zombie.
-pub fn start_ticks(pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is the command in parentheses and may itself hold spaces and parentheses.
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
 }
 
 fn signal(record: &ProcessRecord, signal: i32) -> Result<()> {

@@ -4,6 +4,10 @@
 //! The tests run the binary that lies beside them in the target folder, so build it first:
 //! `make test` does, and by hand `cargo build -p firefly-cli`.
 
+pub mod history;
+pub mod load;
+pub mod netns;
+
 use firefly_cli::cmd::status::ChainHealth;
 use firefly_cli::connect::routing;
 use firefly_cli::context::ClusterDescription;

@@ -11,7 +11,7 @@ use firefly_net::{BufPool, Client, Traffic};
 use firefly_proto::mgmtd as pb;
 use firefly_types::{ChainId, ChainVersion, ErrorKind, Nanos, TargetId, WireError, lock};
 use fs3_core::chain::PublicState;
-use fs3_core::target::{ChainView, Event, Target, TargetOptions, Tenure, Verdict};
+use fs3_core::target::{ChainView, Event, Mutation, Target, TargetOptions, Tenure, Verdict};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -300,7 +300,8 @@ impl Node {
             pending = recovered.pending.len(),
             "target opened"
         );
-        let machine = Target::new(target, self.incarnation, TargetOptions::default(), recovered);
+        let options = TargetOptions { mutation: planted_bug(), ..TargetOptions::default() };
+        let machine = Target::new(target, self.incarnation, options, recovered);
         let around: Arc<dyn Surroundings> = self.clone();
         let (host, thread) = Host::start(chain, engine, machine, around)
             .map_err(|e| format!("cannot start its thread: {e}"))?;
@@ -373,6 +374,25 @@ impl Node {
             slot.close();
         }
     }
+}
+
+/// A bug to plant, for the negative control of the fault run on real processes. Only builds with
+/// assertions know the switch.
+fn planted_bug() -> Option<Mutation> {
+    if !cfg!(debug_assertions) {
+        return None;
+    }
+    let bug = std::env::var("FIREFLY_PLANTED_BUG").ok()?;
+    let mutation = match bug.as_str() {
+        "ignore-lease" => Mutation::IgnoreLease,
+        "commit-before-successor" => Mutation::CommitBeforeSuccessor,
+        other => {
+            tracing::error!("there is no bug called {other:?} to plant");
+            return None;
+        }
+    };
+    tracing::error!(bug, "a bug is planted: this server breaks its promises");
+    Some(mutation)
 }
 
 fn public_state(raw: i32) -> Option<PublicState> {

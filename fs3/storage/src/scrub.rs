@@ -9,14 +9,17 @@
 use crate::engine::EngineError;
 use crate::node::{Node, TargetHost};
 use firefly_proto::mgmtd as pb;
-use firefly_types::{ChunkId, DataId, Generation, TargetId, lock};
+use firefly_types::{Backoff, ChunkId, DataId, Generation, TargetId, lock};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 /// Progress is written down after this many chunks: a restart repeats at most these.
 const KEEP_EVERY: u64 = 64;
+/// For a block that no replica has: longer than a fail-over, since the others may be on their way.
+const PATIENCE: Backoff =
+    Backoff { first: Duration::from_millis(20), most: Duration::from_secs(1), total: Duration::from_secs(8) };
 /// A rate of zero would never end; nobody means it.
 const LEAST_RATE: u64 = 4096;
 
@@ -175,19 +178,31 @@ async fn step(node: &Arc<Node>, order: Order) -> bool {
     false
 }
 
+/// Reads one chunk. What cannot be repaired is tried again before it counts: under writes the other
+/// replicas may be at another version than the one that is read here, and a later write may have
+/// replaced the block anyway.
 async fn check(host: &Arc<TargetHost>, chunk: ChunkId, progress: &mut Progress) -> u64 {
-    match host.check_chunk(chunk).await {
-        Ok((bytes, repaired)) => {
-            progress.repaired += repaired;
-            bytes
+    let (started, mut attempt) = (Instant::now(), 0);
+    loop {
+        match host.check_chunk(chunk).await {
+            Ok((bytes, repaired)) => {
+                progress.repaired += repaired;
+                return bytes;
+            }
+            Err(EngineError::Corrupt { chunk, index, block }) => {
+                attempt += 1;
+                match PATIENCE.delay(attempt, started.elapsed(), 1.0) {
+                    Some(delay) => tokio::time::sleep(delay).await,
+                    None => {
+                        tracing::error!(target_id = %host.id(), %chunk, index, block, "no replica can repair this block");
+                        progress.bad += 1;
+                        return 0;
+                    }
+                }
+            }
+            // The target is on its way out, which is reported elsewhere.
+            Err(_) => return 0,
         }
-        Err(EngineError::Corrupt { chunk, index, block }) => {
-            tracing::error!(target_id = %host.id(), %chunk, index, block, "no replica can repair this block");
-            progress.bad += 1;
-            0
-        }
-        // The target is on its way out, which is reported elsewhere.
-        Err(_) => 0,
     }
 }
 
