@@ -33,7 +33,7 @@ def test_wrong_arguments_raise_and_leave_the_group_whole():
     def body(rank):
         kind, message, _ = error_of(lambda: dist.all_reduce(torch.ones(4, 4).t()[1:]))
         assert kind == "ValueError" and "contiguous" in message
-        kind, message, _ = error_of(lambda: dist.all_reduce(torch.ones(3).to_sparse()))
+        kind, message, _ = error_of(lambda: dist.all_reduce(torch.ones(3).to_sparse(), dist.ReduceOp.MAX))
         assert kind == "NotImplementedError" and "to_dense" in message
         kind, message, _ = error_of(lambda: dist.all_gather_into_tensor(torch.zeros(5), torch.zeros(4)))
         assert "8" in message or "elements" in message or "size" in message
