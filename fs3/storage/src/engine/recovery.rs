@@ -93,19 +93,20 @@ impl<B: AsRef<[u8]>> Core<B> {
         }
         let mut replay = Replay::begin(disk, &superblock, options)?;
         let mut log = log_of(&superblock);
-        let tail = replay.log(&log, header.seed())?;
-        (log.tail, log.sequence) = tail;
-        // See the module: the log is closed with a frame before anything else happens.
-        let mut body = Vec::new();
-        LogRecord::Mark.encode(&mut body);
-        let frame = format::frame(header.seed(), log.sequence, &body);
-        let len = frame.len() as u64;
-        let at = log.place(len, 0).ok_or_else(|| damaged("the log is full"))?;
-        let mut buf = AlignedBuf::zeroed(frame.len().next_multiple_of(log.sector as usize));
-        buf[..frame.len()].copy_from_slice(&frame);
-        disk.write(log.offset(at), &buf)?;
+        let is_closed = replay.log(&mut log, header.seed())?;
+        if !is_closed {
+            // See the module: the log is closed with a frame before anything else happens.
+            let mut body = Vec::new();
+            LogRecord::Mark.encode(&mut body);
+            let frame = format::frame(header.seed(), log.sequence, &body);
+            let len = frame.len() as u64;
+            let at = log.place(len, 0).ok_or_else(|| damaged("the log is full"))?;
+            let mut buf = AlignedBuf::zeroed(frame.len().next_multiple_of(log.sector as usize));
+            buf[..frame.len()].copy_from_slice(&frame);
+            disk.write(log.offset(at), &buf)?;
+            log.advance(at, len);
+        }
         disk.sync()?;
-        log.advance(at, len);
 
         let state = replay.state;
         let recovered = state.recovered();
@@ -281,29 +282,32 @@ impl<'a, D: Disk + ?Sized> Replay<'a, D> {
         Ok(root)
     }
 
-    /// Replays the log. Where it goes on, and with which frame.
-    fn log(&mut self, log: &Log, seed: u32) -> Result<(u64, u64), EngineError> {
+    /// Replays the log and moves its tail to where it goes on. True if its last frame closes it: then
+    /// openings that are cut short one after the other do not fill it up.
+    fn log(&mut self, log: &mut Log, seed: u32) -> Result<bool, EngineError> {
         let mut ring = AlignedBuf::zeroed(log.bytes as usize);
         for (i, part) in ring.chunks_mut(STEP).enumerate() {
             self.disk.read(log.offset((i * STEP) as u64), part)?;
         }
         let ignore = self.plant == Some(Plant::IgnoreLaterFrames);
         let frames = read_frames(&ring, log, seed, ignore)?;
-        let (mut tail, mut next) = (frames.tail, log.head_sequence + frames.found.len() as u64);
+        (log.tail, log.sequence) = (frames.tail, log.head_sequence + frames.found.len() as u64);
         let count = frames.found.len();
+        let mut is_closed = false;
         for (number, (offset, body)) in frames.found.into_iter().enumerate() {
             let records = LogRecord::decode_all(&body)?;
-            if number + 1 == count && self.plant != Some(Plant::BelieveTail) && !self.is_data_there(&records)
-            {
+            let is_last = number + 1 == count;
+            if is_last && self.plant != Some(Plant::BelieveTail) && !self.is_data_there(&records) {
                 // Never acknowledged. Its place is taken by the frame that closes the log.
-                (tail, next) = (offset, next - 1);
+                (log.tail, log.sequence) = (offset, log.sequence - 1);
                 break;
             }
+            is_closed = is_last && records == [LogRecord::Mark];
             for record in records {
                 self.apply(record)?;
             }
         }
-        Ok((tail, next))
+        Ok(is_closed)
     }
 
     /// Whether the data of a frame's updates is on the medium.

@@ -97,6 +97,11 @@ impl Ring {
     /// Hands requests to the kernel.
     pub(super) fn start(&mut self, ios: Vec<Io>) -> io::Result<()> {
         self.backlog.extend(ios);
+        self.submit_backlog()
+    }
+
+    /// As much as the kernel takes at a time.
+    fn submit_backlog(&mut self) -> io::Result<()> {
         while self.in_flight.len() < DEPTH as usize - 1
             && let Some(mut io) = self.backlog.pop_front()
         {
@@ -129,6 +134,8 @@ impl Ring {
         disk: &D,
         timeout: Option<Duration>,
     ) -> io::Result<Vec<Completion>> {
+        // Completions have made room.
+        self.submit_backlog()?;
         if !self.armed {
             let poll = opcode::PollAdd::new(types::Fd(self.wake.as_raw_fd()), libc::POLLIN as u32);
             self.push(poll.build().user_data(WAKE))?;

@@ -6,9 +6,9 @@ use super::*;
 
 fn found_by_crashes(plant: Plant) -> Option<(u64, String)> {
     (0..600).find_map(|seed| {
-        let options = EngineOptions { plant: Some(plant), ..SMALL };
+        let mut run = Run::new(seed);
+        run.options.plant = Some(plant);
         // What panics has found something too: two owners of a block, for instance.
-        let run = Run { options, ..Run::new(seed) };
         let result = std::panic::catch_unwind(|| run.go());
         match result {
             Ok(Ok(())) => None,

@@ -64,6 +64,13 @@ fn works(dir: &std::path::Path, way: Way) {
             update(chunk(1 + n % 20), Kind::Write, n / 20 * 5000, 0, Some(bytes[..6000].to_vec())),
         );
     }
+    // More writes at once than the kernel takes.
+    let payload: Bytes = bytes[..4096].to_vec();
+    for n in 0..1000 {
+        let update = update(chunk(1000 + n), Kind::Write, 0, 0, Some(payload.clone()));
+        driven.engine.write(u64::from(n), 0, 1, update, true);
+    }
+    (0..1000).for_each(|_| assert!(matches!(driven.done.recv(), Ok(Done::Written { result: Ok(_), .. }))));
     // Many reads at once.
     runtime.block_on(async {
         let reads = (0..400usize).map(|n| {
@@ -80,7 +87,7 @@ fn works(dir: &std::path::Path, way: Way) {
     });
     driven.close();
     let driven = Driven::open(dir, way);
-    assert_eq!((driven.recovered.pending.len(), driven.recovered.committed.len()), (0, 21));
+    assert_eq!((driven.recovered.pending.len(), driven.recovered.committed.len()), (0, 1021));
     assert!(driven.read(&runtime, chunk(0), 3, 3_000_000) == bytes);
     let last = driven.read(&runtime, chunk(20), 45_000, 6000);
     assert!(last == bytes[..6000]);
