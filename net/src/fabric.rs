@@ -77,6 +77,11 @@ pub struct NetOptions {
     /// name begins so, perhaps none). Default: all. `FIREFLY_RDMA_DEVICES` (with commas between)
     /// overrides it.
     pub devices: Vec<String>,
+    /// Whether calls give their peers a right to memory that ends with the call (memory windows of
+    /// type 2), where a device has them, instead of one that lasts as long as the memory is
+    /// registered. Default false, because it depends on the driver doing it well: Soft-RoCE of Linux
+    /// 6.12 does it wrong when packets are lost. Costs a request for each payload.
+    pub memory_windows: bool,
     /// Encrypt what goes between members, by TLS 1.3 on TCP: for networks that others can read or
     /// write. Default no: members are trusted to deliver what they send, and encrypting takes the
     /// processor's time. RDMA is not used then. Must be alike on all.
@@ -213,6 +218,8 @@ pub struct RailReport {
     pub mtu: Option<u32>,
     /// Network interface of a RoCE port.
     pub interface: Option<String>,
+    /// Whether rights given to peers end with their calls.
+    pub memory_windows: bool,
     /// What this process has done with its device.
     pub work: RailWork,
 }
@@ -292,7 +299,7 @@ impl Fabric {
             _ if options.tls => (Vec::new(), Some("TLS was asked for, which RDMA does not carry".to_owned())),
             Transport::Tcp => (Vec::new(), Some("TCP was asked for".to_owned())),
             Transport::Auto | Transport::Rdma => match Device::names() {
-                Ok(names) => find_rails(&wanted, &names)?,
+                Ok(names) => find_rails(&wanted, &names, options.memory_windows)?,
                 Err(reason) => (Vec::new(), Some(reason)),
             },
         };
@@ -394,7 +401,11 @@ impl std::fmt::Debug for Fabric {
 }
 
 /// The ports of the devices `names` that are wanted; all if none was named.
-fn find_rails(wanted: &[Wanted], names: &[String]) -> Result<(Vec<Arc<Rail>>, Option<String>), FabricError> {
+fn find_rails(
+    wanted: &[Wanted],
+    names: &[String],
+    windows: bool,
+) -> Result<(Vec<Arc<Rail>>, Option<String>), FabricError> {
     let found = || if names.is_empty() { "none".to_owned() } else { names.join(", ") };
     for one in wanted.iter().filter(|w| !w.prefix) {
         if !names.iter().any(|name| one.takes_device(name)) {
@@ -403,7 +414,7 @@ fn find_rails(wanted: &[Wanted], names: &[String]) -> Result<(Vec<Arc<Rail>>, Op
     }
     let (mut rails, mut problems) = (Vec::new(), Vec::new());
     for name in names.iter().filter(|n| wanted.is_empty() || wanted.iter().any(|w| w.takes_device(n))) {
-        let device = match Device::open(name) {
+        let device = match Device::open(name, windows) {
             Ok(device) => device,
             Err(e) => {
                 problems.push(e.to_string());
@@ -450,6 +461,7 @@ fn report(rail: &Rail) -> RailReport {
         gid_kind: port.map(|p| p.gid.kind.name().to_owned()),
         mtu: port.map(|p| p.mtu_bytes()),
         interface: port.and_then(|p| p.netdev.clone()),
+        memory_windows: rail.device.has_windows(),
         work: RailWork {
             queue_pairs: n(&counters.queue_pairs),
             registrations: n(&counters.registrations),

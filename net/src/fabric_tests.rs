@@ -42,11 +42,11 @@ fn names_prefixes_and_ports_choose_devices() {
 fn a_device_that_was_named_must_exist_and_a_prefix_need_not() {
     let names = ["rxe0".to_owned()];
     let wanted = |text| [Wanted::parse(text).unwrap()];
-    let error = find_rails(&wanted("mlx5_0"), &names).err().unwrap();
+    let error = find_rails(&wanted("mlx5_0"), &names, false).err().unwrap();
     assert_eq!(error, FabricError::NoSuchDevice { name: "mlx5_0".into(), found: "rxe0".into() });
-    let (rails, why) = find_rails(&wanted("mlx5_*"), &names).unwrap();
+    let (rails, why) = find_rails(&wanted("mlx5_*"), &names, false).unwrap();
     assert!(rails.is_empty() && why.unwrap().contains("no RDMA device matches; this machine has: rxe0"));
-    let (_, why) = find_rails(&[], &[]).unwrap();
+    let (_, why) = find_rails(&[], &[], false).unwrap();
     assert_eq!(why.as_deref(), Some("no RDMA device"));
 }
 

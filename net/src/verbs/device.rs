@@ -29,7 +29,7 @@ pub(crate) struct Limits {
     pub(crate) pieces: u32,
     /// READs that a queue pair may have in flight.
     pub(crate) reads: u8,
-    /// Memory windows of type 2, or 0.
+    /// Memory windows of type 2 that may be used; 0 without them.
     pub(crate) windows: u32,
     /// Ports, numbered from 1.
     pub(crate) ports: u8,
@@ -148,11 +148,11 @@ impl Device {
         Ok(names)
     }
 
-    /// Opens `name`.
+    /// Opens `name`. With `windows`, peers are given keys of memory windows, if it has them.
     ///
     /// # Errors
     /// There is no library, no such device, or the device says no.
-    pub(crate) fn open(name: &str) -> Result<Arc<Device>, LinkError> {
+    pub(crate) fn open(name: &str, windows: bool) -> Result<Arc<Device>, LinkError> {
         let list = List::get().map_err(|reason| refused(name, "finding it", &reason))?;
         let api = list.api;
         let found = list.names().find(|(n, _)| n == name);
@@ -185,7 +185,7 @@ impl Device {
         };
         let at_least_1 = |n: c_int| u32::try_from(n).unwrap_or(0).max(1);
         let type_2 = ffi::IBV_DEVICE_MEM_WINDOW_TYPE_2A | ffi::IBV_DEVICE_MEM_WINDOW_TYPE_2B;
-        let windows = if attr.device_cap_flags & type_2 != 0 { attr.max_mw } else { 0 };
+        let windows = if windows && attr.device_cap_flags & type_2 != 0 { attr.max_mw } else { 0 };
         let limits = Limits {
             queue: at_least_1(attr.max_qp_wr),
             completions: at_least_1(attr.max_cqe),
@@ -205,14 +205,6 @@ impl Device {
             alarms: Mutex::default(),
             blocks: Mutex::default(),
         }))
-    }
-
-    /// As `open`, of a device that has no memory windows: some have none.
-    #[cfg(test)]
-    pub(crate) fn open_without_windows(name: &str) -> Result<Arc<Device>, LinkError> {
-        let mut device = Device::open(name)?;
-        Arc::get_mut(&mut device).expect("just opened").limits.windows = 0;
-        Ok(device)
     }
 
     /// As the system names it.

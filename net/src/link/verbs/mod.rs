@@ -9,8 +9,8 @@
 //! | call | client posts | server posts | completions at client + server | registrations | payload bytes copied |
 //! | --- | --- | --- | --- | --- | --- |
 //! | without payload | 1 SEND | 1 SEND | 1 + 2 | 0 | 0 |
-//! | write 1 MiB | 1 bind, 1 SEND | 1 READ, 1 SEND | 1 + 3 | 0 | 0 |
-//! | read 1 MiB | 1 bind, 1 SEND | 1 WRITE, 1 SEND | 1 + 2 | 0 | 0 |
+//! | write 1 MiB | 1 SEND | 1 READ, 1 SEND | 1 + 3 | 0 | 0 |
+//! | read 1 MiB | 1 SEND | 1 WRITE, 1 SEND | 1 + 2 | 0 | 0 |
 //!
 //! A request asks for no completion of its own (one in [`SIGNAL_EVERY`] does, so that the send
 //! queue drains); a reply's SEND does, because a stopping server must know that its answers are
@@ -18,15 +18,20 @@
 //!
 //! # Who may touch what, and until when
 //!
-//! * The peer reaches the memory of a call by the key of a memory window, which is good on this
-//!   queue pair only and ends with the call: the answer's SEND takes it back on arrival (with two
-//!   windows, this side takes back the other one before the caller has its memory again). What a
-//!   peer's device does with an old key is refused. Where a device has no windows of type 2, the
-//!   key is the block's and good as long as its registration: then a call's right ends by the
-//!   peer's discipline, as it does on most RDMA stores.
+//! * The peer reaches the memory of a call by its block's key, which is good as long as the
+//!   registration: that a right ends with its call is the peer's discipline, as on most RDMA
+//!   stores, and what a late answer may still touch is in quarantine (below).
+//! * With [`crate::NetOptions::memory_windows`] it is enforced: the key is a memory window's (of
+//!   type 2), good on this queue pair only, and the answer's SEND takes it back on arrival; with two
+//!   windows, this side takes back the other one before the caller has its memory again. What a
+//!   peer's device does with an old key is refused. Each payload then costs one request more (a
+//!   bind, without a completion). It is not the default, because it stands and falls with the
+//!   driver: Soft-RoCE of Linux 6.12 does a bind again when an earlier packet was lost, and ends
+//!   the connection over it.
 //! * A call that timed out or was dropped keeps its memory until the answer came or the queue pair
-//!   was destroyed, in both cases. Taking its window back at once would free the memory sooner, but
-//!   an honest peer that is merely late would then lose the whole connection to the refusal.
+//!   was destroyed, with windows and without. Taking its window back at once would free the memory
+//!   sooner, but an honest peer that is merely late would then lose the whole connection to the
+//!   refusal.
 //! * What this side's own work touches is held in [`State::posted`] until its completion (or a
 //!   later one) came, and the queue pair is destroyed when the second half of the link is dropped,
 //!   before anything held is. So a cancelled pull or a lost connection never leaves a device
