@@ -4,6 +4,7 @@ use crate::wire::Wire;
 use firefly_cli::local::Shape;
 use firefly_net::{NetOptions, Transport};
 use firefly_tests::{Cluster, eventually};
+use firefly_types::ByteSize;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
@@ -12,6 +13,9 @@ use std::io::{Read, Write};
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::mpsc;
+
+/// Of each of a server's targets: the machine's disk is its memory.
+pub(crate) const TARGET_CAPACITY: ByteSize = ByteSize(64 << 20);
 
 /// A cluster whose meta and storage servers listen on `address(node number)`. The manager and the
 /// scheduler speak gRPC on loopback.
@@ -28,6 +32,7 @@ pub(crate) fn cluster_at(
                 meta.listen.set_ip(address(meta.node_id));
             }
             if let Some(storage) = &mut config.storage {
+                storage.capacity = Some(TARGET_CAPACITY);
                 storage.listen.set_ip(address(storage.node_id));
             }
         });

@@ -1,6 +1,6 @@
 //! Two machines on one wire: `machine_two_serves` runs in the second, the others in the first.
 
-use crate::fs3::{check, content, write};
+use crate::fs3::{TARGET_CAPACITY, check, content, write};
 use crate::wire::{PACKET_BYTES, Wire};
 use bytes::Bytes;
 use firefly_cli::local::Shape;
@@ -200,6 +200,7 @@ fn files_outlive_the_machine_that_holds_their_other_copies() {
                 section.manager = manager();
             }
             if let Some(section) = &mut config.storage {
+                section.capacity = Some(TARGET_CAPACITY);
                 section.listen.set_ip(here);
                 section.manager = manager();
                 if section.node_id == 4 {
