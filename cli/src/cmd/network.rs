@@ -284,6 +284,7 @@ mod tests {
             gid_kind: Some("RoCE v2".into()),
             mtu: Some(4096),
             interface: Some("d0".into()),
+            memory_windows: false,
             work: Default::default(),
         };
         assert_eq!(rail_in_words(&up), "rxe0 on d0 10.1.0.1 RoCE v2 MTU 4096 up");
