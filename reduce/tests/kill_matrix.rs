@@ -196,6 +196,7 @@ fn run_case(test: &str, case: Case) {
             let group = rank.create(&config).unwrap();
             let count = 100_000;
             finish(&issue(&group, case.operation, case.victim, 1000).unwrap()).unwrap();
+            rank.note(&format!("warm {}", rank.rank));
             if rank.rank == case.victim {
                 fork_a_bystander();
                 let issued = match case.phase {
@@ -225,6 +226,10 @@ fn run_case(test: &str, case: Case) {
         },
         |dir, children| {
             let pid = children[case.victim as usize].id();
+            // Nobody is still at the undisturbed operation, which the victim may have left before.
+            for rank in 0..size {
+                await_note(dir, &format!("warm {rank}"));
+            }
             await_note(dir, "here");
             if case.signal == Signal::Kill {
                 return signal(pid, libc::SIGKILL);

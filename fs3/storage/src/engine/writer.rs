@@ -73,9 +73,18 @@ enum Step {
 
 /// Who waits for a disk request.
 enum Waits {
-    Leaf { item: usize, part: usize, number: u32, at: PagePtr },
-    Old { item: usize, index: u32 },
-    Grow(u64),
+    Leaf {
+        item: usize,
+        part: usize,
+        number: u32,
+        at: PagePtr,
+    },
+    Old {
+        item: usize,
+        index: u32,
+    },
+    /// Bytes asked for, and the fewest that would do.
+    Grow(u64, u64),
     Group,
     Checkpoint,
 }
@@ -242,15 +251,25 @@ impl<B: AsRef<[u8]>> Writer<B> {
                     None => work.fate = Fate::Corrupt(index),
                 }
             }
-            (Waits::Grow(len), Ok(())) => {
+            (Waits::Grow(len, _), Ok(())) => {
                 let mut shared = lock(&core.shared);
                 let state = &mut shared.state;
                 state.alloc.grow(u32::try_from(len / BLOCK_BYTES as u64).unwrap_or(u32::MAX));
                 let pages = state.alloc.pages() as usize;
                 state.bitmap.resize(pages, None);
             }
-            (Waits::Grow(_), Err(error)) if error.kind() == io::ErrorKind::StorageFull => self.full = true,
-            (Waits::Grow(len), Err(error)) => {
+            (Waits::Grow(len, least), Err(error)) if error.kind() == io::ErrorKind::StorageFull => {
+                if len > least {
+                    // The step is for comfort: a disk with less room is used up all the same.
+                    let have = u64::from(lock(&core.shared).state.alloc.blocks());
+                    let less = have + (len / BLOCK_BYTES as u64 - have) / 2;
+                    let len = (less * BLOCK_BYTES as u64).max(least);
+                    self.ask(IoKind::Grow(len), Waits::Grow(len, least));
+                } else {
+                    self.full = true;
+                }
+            }
+            (Waits::Grow(len, _), Err(error)) => {
                 core.end(&format!("the volume cannot be extended to {len} bytes: {error}"));
             }
             (Waits::Group, Ok(())) => buf.into_iter().for_each(|buf| self.spare.put(buf)),
@@ -453,8 +472,9 @@ impl<B: AsRef<[u8]>> Writer<B> {
         let want = (have + step).min(u64::from(core.most_blocks()));
         if want > have {
             self.step = Step::Growing;
-            let len = want * BLOCK_BYTES as u64;
-            self.ask(IoKind::Grow(len), Waits::Grow(len));
+            let bytes = |blocks: u64| blocks * BLOCK_BYTES as u64;
+            let (len, least) = (bytes(want), bytes(want.min(have + short)));
+            self.ask(IoKind::Grow(len), Waits::Grow(len, least));
         } else {
             self.full = true;
         }

@@ -255,6 +255,23 @@ fn a_disk_that_is_full_now_and_then_loses_nothing() {
 }
 
 #[test]
+fn a_disk_with_less_room_than_a_step_is_used_up() {
+    let room = |grow_bytes| {
+        let disk = MemDisk::with_limit(1000 * 4096);
+        let (engine, _) = open(&disk, EngineOptions { grow_bytes, ..SMALL });
+        let write = |index| update(chunk(index), Kind::Write, 0, 0, Some(vec![index as u8; 4096]));
+        let mut written = 0;
+        while apply(&engine, &disk, 0, write(written)).is_ok() {
+            written += 1;
+        }
+        assert!(engine.failed().is_none(), "{:?}", engine.failed());
+        written
+    };
+    let (fine, coarse) = (room(4096), room(1 << 30));
+    assert!(coarse > 100 && coarse + 8 >= fine, "{fine} chunks by small steps, {coarse} by large ones");
+}
+
+#[test]
 fn blocks_in_the_hands_of_a_reader_are_not_reused() {
     readers_keep_their_version(SMALL).unwrap();
 }
