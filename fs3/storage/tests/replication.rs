@@ -209,7 +209,7 @@ async fn a_target_that_is_asked_to_stop_does_and_is_removed_only_when_it_is_buri
     cluster.manager.retire(Some(3));
     cluster.manager.wait_serving(2).await;
     assert!(cluster.manager.reason(3).contains("taken its place"), "{}", cluster.manager.reason(3));
-    assert!(cluster.target_dir(3).join("header").exists());
+    assert!(cluster.target_dir(3).join("volume").exists());
     // A restart does not bring it back.
     cluster.stop_node(3).await;
     cluster.start_node(3).await;
