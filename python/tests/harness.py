@@ -6,6 +6,7 @@ FIREFLY_TEST_BACKEND=gloo runs the tests against gloo instead, to test the tests
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -28,7 +29,22 @@ class RankFailed(AssertionError):
     """A rank raised, died or hung; the text holds every rank's end."""
 
 
+def store_client(port, timeout=300):
+    """A client of the store at `port`. One that torch's server does not answer is made anew."""
+    for attempt in range(3):
+        try:
+            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=10))
+            store.set_timeout(timedelta(seconds=timeout))
+            return store
+        except dist.DistError:
+            if attempt == 2:
+                raise
+
+
 def _rank_main(function, rank, world, port, timeout, out, stderr_path):
+    # What the parent left to its collector (stores with threads, kept by a failed test's traceback) is
+    # not this process's to end: the threads are not here.
+    gc.freeze()
     stderr = open(stderr_path, "w")
     os.dup2(stderr.fileno(), 2)
     faulthandler.enable(stderr)
@@ -37,7 +53,7 @@ def _rank_main(function, rank, world, port, timeout, out, stderr_path):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     try:
         if port is not None:
-            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
+            store = store_client(port, timeout=30)
             dist.init_process_group(
                 BACKEND, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
             )

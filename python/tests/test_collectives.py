@@ -321,6 +321,8 @@ def test_point_to_point(world):
             assert sorted(sources) == list(range(1, world))
         else:
             dist.send(torch.full((3,), float(rank)), 0)
+        # What follows has the same tag: a receive from anyone that is still open would take it.
+        dist.barrier()
         # A batch, as pipeline parallelism issues it.
         out = torch.zeros(5)
         batch = [dist.P2POp(dist.isend, values(rank, 5, torch.float32), after), dist.P2POp(dist.irecv, out, before)]

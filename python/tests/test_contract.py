@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from harness import OURS, error_of, kill_self, run
+from harness import OURS, error_of, kill_self, run, store_client
 from torch.distributed import distributed_c10d
 
 pytestmark = pytest.mark.skipif(not OURS, reason="these are ffreduce's promises")
@@ -112,7 +112,7 @@ def test_survivors_form_a_new_group_in_the_same_process():
 
     def body(rank):
         model = torch.nn.Linear(4, 4)
-        client = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        client = store_client(store.port)
         world, me, lost = 4, rank, []
         for generation in range(3):
             prefix = dist.PrefixStore(f"generation {generation}", client)
@@ -144,7 +144,7 @@ def test_a_group_that_ends_gives_everything_back(how):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def body(rank):
-        client = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        client = store_client(store.port)
 
         def cycle(number):
             prefix = dist.PrefixStore(f"{how} {number}", client)
@@ -185,7 +185,7 @@ def test_init_names_who_did_not_come(absent):
     def body(rank):
         if rank == absent:
             return None
-        client = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        client = store_client(store.port)
         return error_of(
             lambda: dist.init_process_group(
                 "ffreduce", store=client, rank=rank, world_size=3, timeout=timedelta(seconds=2)
@@ -202,7 +202,7 @@ def test_init_names_who_did_not_come(absent):
 def test_init_ends_when_the_store_is_gone():
     def body(rank):
         server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+        client = store_client(server.port)
         del server
         gc.collect()
         return error_of(
@@ -231,7 +231,7 @@ def test_the_timeout_of_a_group_can_be_changed():
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def staying(rank):
-        client = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        client = store_client(store.port)
         try:
             return body(rank)
         finally:
@@ -342,7 +342,7 @@ def test_the_flight_recorder_keeps_what_was_issued_and_what_was_done(name):
         import firefly
 
         firefly.install_as("gloo")
-        client = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        client = store_client(store.port)
         dist.init_process_group(name, store=client, rank=rank, world_size=2, timeout=timedelta(seconds=LONG))
         for _ in range(3):
             dist.all_reduce(torch.ones(10))
@@ -366,7 +366,7 @@ def test_detail_debug_mode_works_and_finds_what_differs():
     def body(rank):
         os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
         dist.set_debug_level_from_env()
-        client = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        client = store_client(store.port)
         dist.init_process_group(
             "ffreduce", store=client, rank=rank, world_size=2, timeout=timedelta(seconds=LONG)
         )
@@ -424,7 +424,7 @@ def test_what_trainers_ask_for(asked):
         import firefly
 
         firefly.install_as("nccl", "gloo")
-        client = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        client = store_client(store.port)
         dist.init_process_group(
             store=client, rank=rank, world_size=2, timeout=timedelta(seconds=LONG), **asked
         )
@@ -472,7 +472,7 @@ def test_settings_with_effect():
         import firefly
 
         os.environ.update(settings)
-        client = dist.PrefixStore(attempt, dist.TCPStore("127.0.0.1", store.port, is_master=False))
+        client = dist.PrefixStore(attempt, store_client(store.port))
         dist.init_process_group(
             "ffreduce", store=client, rank=rank, world_size=2, timeout=timedelta(seconds=LONG)
         )
@@ -501,7 +501,7 @@ def test_a_stopped_rank_that_goes_on_gets_an_error():
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def body(rank):
-        client = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        client = store_client(store.port)
         client.set(f"pid {rank}", str(os.getpid()))
         dist.barrier()
         if rank == 1:

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from harness import OURS, error_of, kill_self, run
+from harness import OURS, error_of, kill_self, run, store_client
 
 pytestmark = pytest.mark.skipif(not OURS, reason="these are ffreduce's promises")
 
@@ -267,7 +267,7 @@ def test_keys_of_a_dead_attempt_in_the_store_do_no_harm():
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def body(rank, dies):
-        client = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        client = store_client(store.port)
         dist.init_process_group(
             "ffreduce", store=client, rank=rank, world_size=2, timeout=timedelta(seconds=LONG)
         )

@@ -15,7 +15,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from harness import OURS, error_of, run
+from harness import OURS, error_of, run, store_client
 
 pytestmark = pytest.mark.skipif(not OURS, reason="these are ffreduce's promises")
 
@@ -73,7 +73,7 @@ def test_survivors_name_the_rank(kind, how, world, victim, when):
         os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
     def body(rank):
-        client = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        client = store_client(store.port)
         client.set(f"pid {rank}", str(os.getpid()))
         dist.init_process_group(
             "ffreduce", store=client, rank=rank, world_size=world, timeout=timedelta(seconds=LONG)
