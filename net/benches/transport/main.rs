@@ -99,8 +99,22 @@ fn stream() {
             "GB/s",
             &mut [
                 (&format!("iperf3, {streams} streams"), Box::new(|| base.run())),
-                (&format!("replies of 1 MiB, {streams} lanes"), Box::new(|| rpc.stream(false))),
-                (&format!("requests of 1 MiB, {streams} lanes"), Box::new(|| rpc.stream(true))),
+                (
+                    &format!("replies of 1 MiB, {streams} lanes, 2 calls each"),
+                    Box::new(|| rpc.stream(false, 2)),
+                ),
+                (
+                    &format!("requests of 1 MiB, {streams} lanes, 2 calls each"),
+                    Box::new(|| rpc.stream(true, 2)),
+                ),
+                (
+                    &format!("replies of 1 MiB, {streams} lanes, 8 calls each"),
+                    Box::new(|| rpc.stream(false, 8)),
+                ),
+                (
+                    &format!("requests of 1 MiB, {streams} lanes, 8 calls each"),
+                    Box::new(|| rpc.stream(true, 8)),
+                ),
             ],
         );
         rpc.account(before);

@@ -81,9 +81,9 @@ impl Pair {
         }
     }
 
-    /// Gigabytes a second of payload, in requests or in replies, twice as many in flight as lanes.
-    pub(crate) fn stream(&self, requests: bool) -> f64 {
-        let callers = 2 * self.lanes;
+    /// Gigabytes a second of payload, in requests or in replies, with so many calls in flight on each lane.
+    pub(crate) fn stream(&self, requests: bool, each: usize) -> f64 {
+        let callers = each * self.lanes;
         let start = Instant::now();
         self.runtime.block_on(async {
             let one = || {
