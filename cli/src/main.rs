@@ -86,13 +86,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         // Collectives have threads of their own; the runtime's would only be in their way.
         Command::Reduce(command) => {
-            tracing_subscriber::fmt()
-                .with_env_filter(
-                    tracing_subscriber::EnvFilter::try_from_env("FIREFLY_LOG")
-                        .unwrap_or_else(|_| "warn".into()),
-                )
-                .with_writer(std::io::stderr)
-                .init();
+            log_to_stderr("warn");
             reduce::run(&command, &cli.global)
         }
         Command::Completion { shell } => {
@@ -105,15 +99,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         command => {
-            tracing_subscriber::fmt()
-                .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("FIREFLY_LOG").unwrap_or_else(
-                    |_| match command {
-                        Command::Serve(_) => "info".into(),
-                        _ => "warn".into(),
-                    },
-                ))
-                .with_writer(std::io::stderr)
-                .init();
+            log_to_stderr(if matches!(command, Command::Serve(_)) { "info" } else { "warn" });
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
             let result = runtime.block_on(run_async(command, &cli.global));
             // Tasks that serve connections never end by themselves.
@@ -121,6 +107,12 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             result
         }
     }
+}
+
+/// Logs what `FIREFLY_LOG` asks for, else from `level` on.
+fn log_to_stderr(level: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("FIREFLY_LOG").unwrap_or_else(|_| level.into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
 }
 
 async fn run_async(command: Command, global: &Global) -> anyhow::Result<ExitCode> {

@@ -1,13 +1,13 @@
 //! `ff reduce doctor`: measures every pair of ranks.
 
+use crate::cmd::ranks;
 use crate::cmd::status::table;
 use crate::context::Global;
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use firefly_net::{Fabric, FabricReport};
 use firefly_reduce::Communicator;
 use firefly_reduce::doctor::{Effort, Report, examine};
-use firefly_types::ClusterSecret;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 /// What to measure.
 #[derive(clap::Args, Clone, Debug)]
@@ -27,44 +27,8 @@ pub struct DoctorArgs {
 pub fn run(args: &DoctorArgs, global: &Global) -> Result<ExitCode> {
     match std::env::var_os("WORLD_SIZE") {
         Some(_) => rank(args, global),
-        None => start(args, global),
+        None => ranks::start(args.ranks, |rank| args.network.then(|| format!("rank {rank}"))),
     }
-}
-
-/// Starts the ranks on this machine.
-fn start(args: &DoctorArgs, global: &Global) -> Result<ExitCode> {
-    let program = std::env::current_exe().context("cannot find this program's own file")?;
-    // Free when asked, and asked right before it is used.
-    let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-    let secret = ClusterSecret::generate().to_hex();
-    let mut children = Vec::new();
-    for rank in 0..args.ranks {
-        let mut command = Command::new(&program);
-        command.args(["reduce", "doctor", "--mib", &args.mib.to_string()]);
-        if global.json {
-            command.arg("--json");
-        }
-        command
-            .env("RANK", rank.to_string())
-            .env("WORLD_SIZE", args.ranks.to_string())
-            .env("MASTER_ADDR", "127.0.0.1")
-            .env("MASTER_PORT", port.to_string())
-            .env("FIREFLY_JOB_SECRET", &secret);
-        if args.network {
-            command.env("FIREFLY_NODE_ID", format!("rank {rank}"));
-        }
-        children.push((rank, command.spawn().with_context(|| format!("cannot start rank {rank}"))?));
-    }
-    let mut failed = Vec::new();
-    for (rank, mut child) in children {
-        if !child.wait()?.success() {
-            failed.push(rank.to_string());
-        }
-    }
-    if !failed.is_empty() {
-        bail!("ranks that failed: {}; their messages are above", failed.join(", "));
-    }
-    Ok(ExitCode::SUCCESS)
 }
 
 /// One rank of the group.

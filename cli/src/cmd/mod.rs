@@ -7,6 +7,7 @@ pub mod network;
 pub mod node;
 pub mod perf;
 pub mod quickstart;
+pub mod ranks;
 pub mod reduce;
 pub mod run;
 pub mod status;

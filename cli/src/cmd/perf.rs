@@ -1,13 +1,13 @@
 //! `ff reduce perf`: bandwidth and latency of collectives, in the words and columns of nccl-tests.
 
+use crate::cmd::ranks;
 use crate::context::{Global, Usage};
 use anyhow::{Context, Result, bail};
 use firefly_reduce::perf::{Collective, Row, Sample, Spec, TYPES, measure, tune};
 use firefly_reduce::{Communicator, Cutoffs, DType, ReduceOp};
-use firefly_types::ClusterSecret;
 use serde_json::json;
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 /// What to measure. Flags are those of nccl-tests where those have them.
 #[derive(clap::Args, Clone, Debug)]
@@ -150,37 +150,9 @@ fn start(args: &PerfArgs) -> Result<ExitCode> {
     if args.nodes > args.ranks {
         return Err(wrong_usage(format!("{} ranks cannot be spread over {} nodes", args.ranks, args.nodes)));
     }
-    let program = std::env::current_exe().context("cannot find this program's own file")?;
-    // Free when asked, and asked right before it is used.
-    let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-    let secret = ClusterSecret::generate().to_hex();
-    let mut children = Vec::new();
-    for rank in 0..args.ranks {
-        let mut command = Command::new(&program);
-        command
-            .args(std::env::args_os().skip(1))
-            .env("RANK", rank.to_string())
-            .env("WORLD_SIZE", args.ranks.to_string())
-            .env("MASTER_ADDR", "127.0.0.1")
-            .env("MASTER_PORT", port.to_string())
-            .env("FIREFLY_JOB_SECRET", &secret);
-        if args.nodes > 1 {
-            // Consecutive ranks share a node, as launchers place them.
-            let per_node = args.ranks.div_ceil(args.nodes);
-            command.env("FIREFLY_NODE_ID", format!("perf node {}", rank / per_node));
-        }
-        children.push((rank, command.spawn().with_context(|| format!("cannot start rank {rank}"))?));
-    }
-    let mut failed = Vec::new();
-    for (rank, mut child) in children {
-        if !child.wait()?.success() {
-            failed.push(rank.to_string());
-        }
-    }
-    if !failed.is_empty() {
-        bail!("ranks that failed: {}; their messages are above", failed.join(", "));
-    }
-    Ok(ExitCode::SUCCESS)
+    // Consecutive ranks share a node, as launchers place them.
+    let per_node = args.ranks.div_ceil(args.nodes);
+    ranks::start(args.ranks, |rank| (args.nodes > 1).then(|| format!("perf node {}", rank / per_node)))
 }
 
 /// One rank of the group.
